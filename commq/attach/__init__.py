@@ -1,0 +1,1 @@
+"""Attach: where tensors leave and re-enter torch."""

@@ -1,0 +1,128 @@
+"""Scales: the magnitude of a block, as a few bytes.
+
+Shapes: G blocks of B elements; Q groups of blocks (nvfp4 only). All arithmetic is IEEE float32, one rounding an
+operation, so that every implementation gives the same bits. Magnitudes are compared as integers: the bit pattern
+of |x| orders finite < infinity < NaN, which a float maximum does not.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from commq.codecs.formats import Format
+
+_INF = 0x7F800000
+_BF16_MAX = 0x7F7F
+_LIFT = 2.0**64
+"""Tiny blocks are multiplied by this (exactly) before any division, so that no inverse overflows."""
+
+
+def magnitude_bits(x: Tensor) -> Tensor:
+    """|x| of float32 as its int32 bit pattern."""
+    return x.contiguous().view(torch.int32) & 0x7FFFFFFF
+
+
+def as_float(bits: Tensor) -> Tensor:
+    return bits.to(torch.int32).view(torch.float32)
+
+
+def lift(amax_G: Tensor) -> Tensor:
+    """2**64 where a block's largest magnitude is below 2**-64, else 1."""
+    return torch.where(amax_G < 1 / _LIFT, _LIFT, 1.0)
+
+
+def tree_sum(x_GB: Tensor) -> Tensor:
+    """Sum over the last axis (a power of two), adjacent pairs first: ((x0 + x1) + (x2 + x3)) + ...
+
+    The order is part of the specification: a lane that holds neighbours adds them first, then lanes add lanes.
+    """
+    while x_GB.shape[-1] > 1:
+        x_GB = x_GB[..., 0::2] + x_GB[..., 1::2]
+    return x_GB[..., 0]
+
+
+def mean_magnitude(h_GB: Tensor, amax_G: Tensor, valid_G: Tensor) -> Tensor:
+    """Mean |h| of each block over its `valid_G` elements (the others are 0); never overflows, at most amax."""
+    up = torch.where(amax_G >= _LIFT, 2.0**-16, lift(amax_G))
+    down = torch.where(amax_G >= _LIFT, 2.0**16, torch.where(amax_G < 1 / _LIFT, 1 / _LIFT, 1.0))
+    total = tree_sum(h_GB.abs() * up[:, None])
+    return torch.minimum(total / valid_G.clamp(min=1).to(torch.float32) * down, amax_G)
+
+
+def _bf16_up(bits: Tensor) -> Tensor:
+    return ((bits + 0xFFFF) >> 16).clamp(max=_BF16_MAX)
+
+
+def _bf16_nearest(bits: Tensor) -> Tensor:
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).clamp(max=_BF16_MAX)
+
+
+def _e8m0_up(bits: Tensor, max_code: float) -> Tensor:
+    """Biased exponent e + 127 of the smallest 2**e, e >= -127, with amax <= max_code * 2**e.
+
+    Capped so that max_code * 2**e is finite: magnitudes above that (1.75 * 2**127 for e4m3) saturate.
+    """
+    top = int(magnitude_bits(torch.tensor([max_code])).item())
+    exponent = (top >> 23) - 127
+    return ((bits + (0x7FFFFF - (top & 0x7FFFFF))) >> 23).sub(exponent).clamp(0, 254 - exponent)
+
+
+def _e4m3_up(y: Tensor) -> Tensor:
+    """Bit pattern of the smallest e4m3 number >= y, for y in [0, 448]."""
+    exponent = ((magnitude_bits(y) >> 23) - 127).clamp(min=-6)
+    ulp = as_float((exponent - 3 + 127) << 23)
+    return (((exponent + 6) << 3) + torch.ceil(y / ulp).to(torch.int32)).clamp(max=0x7E)
+
+
+def _bytes(values: Tensor, dtype: torch.dtype) -> Tensor:
+    return values.to(dtype).unsqueeze(-1).view(torch.uint8)
+
+
+def encode_scales(h_GB: Tensor, valid_G: Tensor, fmt: Format, *, mean: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Scale bytes (G, S) and group bytes (Q, 4) of blocks of float32, and the marks (G,) of those not finite.
+
+    mean: take mean |h| instead of the largest |h| (sign with nearest rounding).
+    A block with a NaN or an infinity gets a NaN scale, and its group's scale ignores it.
+    """
+    bits_G = magnitude_bits(h_GB).amax(dim=-1)
+    marked_G = bits_G >= _INF
+    bits_G = bits_G.masked_fill(marked_G, 0)
+    amax_G = as_float(bits_G)
+    groups_Q4 = h_GB.new_empty((0, 4), dtype=torch.uint8)
+    if fmt.scale == "e8m0":
+        scales = _bytes(_e8m0_up(bits_G, fmt.max_code).masked_fill(marked_G, 0xFF), torch.uint8)
+    elif fmt.scale == "e4m3":
+        per_group = fmt.group // fmt.block
+        top_Q = amax_G.unflatten(0, (-1, per_group)).amax(dim=-1)
+        up_Q = lift(top_Q)
+        inverse_Q = torch.where(top_Q > 0, 448.0 / (top_Q * up_Q), 0.0)
+        up_G, inverse_G = up_Q.repeat_interleave(per_group), inverse_Q.repeat_interleave(per_group)
+        y_G = ((amax_G * up_G) * inverse_G).clamp(max=448.0)
+        scales = _bytes(_e4m3_up(y_G).masked_fill(marked_G, 0x7F), torch.uint8)
+        groups_Q4 = _bytes(top_Q, torch.float32)
+    else:
+        if mean:
+            finite_GB = h_GB.masked_fill(marked_G[:, None], 0.0)
+            bits_G = magnitude_bits(mean_magnitude(finite_GB, amax_G, valid_G))
+        if fmt.scale == "fp32":
+            scales = _bytes(bits_G.masked_fill(marked_G, 0x7FC00000), torch.int32)
+        else:
+            bf16_G = _bf16_nearest(bits_G) if mean else _bf16_up(bits_G)
+            scales = _bytes(bf16_G.masked_fill(marked_G, 0x7FC0), torch.int16)
+    return scales, groups_Q4, marked_G
+
+
+def decode_scales(scales_GS: Tensor, groups_Q4: Tensor, fmt: Format) -> Tensor:
+    """The float32 magnitude (G,) that scale bytes stand for: NaN for a marked block, 2**e for e8m0."""
+    if fmt.scale == "fp32":
+        return scales_GS.contiguous().view(torch.float32).squeeze(-1)
+    if fmt.scale == "bf16":
+        return scales_GS.contiguous().view(torch.bfloat16).squeeze(-1).to(torch.float32)
+    if fmt.scale == "e8m0":
+        e_G = scales_GS.squeeze(-1).to(torch.int32)
+        bits_G = torch.where(e_G == 0, 0x00400000, e_G << 23)
+        return as_float(torch.where(e_G == 0xFF, 0x7FC00000, bits_G))
+    top_G = groups_Q4.contiguous().view(torch.float32).squeeze(-1).repeat_interleave(fmt.group // fmt.block)
+    relative_G = scales_GS.contiguous().view(torch.float8_e4m3fn).squeeze(-1).to(torch.float32)
+    return (relative_G * (1.0 / 448.0)) * top_G
