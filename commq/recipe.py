@@ -119,8 +119,9 @@ def recipe(name: str, **overrides: Any) -> Recipe:
     if isinstance(overrides.get("feedback"), str):
         overrides["feedback"] = replace(base.feedback, rule=overrides["feedback"])
     if block is not None:
-        for key in ("format", "answer"):
-            fmt = overrides.get(key, getattr(base, key))
-            if fmt is not None:
-                overrides[key] = get_format(fmt.name, block=block, scale=fmt.scale if fmt.kind != "raw" else None)
+        formats = {key: overrides.get(key, getattr(base, key)) for key in ("format", "answer")}
+        blocked = {key: fmt for key, fmt in formats.items() if fmt is not None and fmt.kind != "raw"}
+        if not blocked:
+            raise ValueError(f"block={block} for recipe {name!r}: its formats are raw and have no blocks; drop block=")
+        overrides |= {key: get_format(fmt.name, block=block, scale=fmt.scale) for key, fmt in blocked.items()}
     return replace(base, **overrides) if overrides else base

@@ -5,7 +5,7 @@
     fp8, mxfp8      max(|x| 2**-(m + 1), half the smallest code)            (stochastic: twice that), m mantissa bits
     mxfp4, nvfp4    the same with m = 1
     sign            max(|x|, mean |x| of the block)                         (stochastic: |x| + a)
-    bf16, fp16      |x| 2**-9, |x| 2**-11 while x is in the format's range  (stochastic bf16: |x| 2**-8)
+    bf16, fp16      |x| 2**-8, |x| 2**-11 while x is in the format's range  (stochastic bf16: |x| 2**-7)
 
 plus float32 rounding (some 2**-21 of the step's multiple) and half the smallest subnormal. With a rotation the bound
 holds for the 2-norm of each rotated run instead, the transform being orthogonal.

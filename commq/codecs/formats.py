@@ -91,7 +91,7 @@ class Format:
         (Karimireddy et al. 2019, Lemma 8). fp16 overflows, so it promises nothing (1.0).
         """
         if self.kind == "raw":
-            return {"fp32": 0.0, "bf16": 2.0**-17, "fp16": 1.0}[self.name]
+            return {"fp32": 0.0, "bf16": 2.0**-16, "fp16": 1.0}[self.name]
         return 1.0 - 0.9 / self.block
 
 

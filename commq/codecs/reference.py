@@ -25,6 +25,8 @@ from commq.codecs.philox import random_u16
 from commq.codecs.rotation import Rotation, rotate, unrotate
 from commq.codecs.wire import Layout, pack, unpack
 
+_FLOAT_MAX = torch.finfo(torch.float32).max
+
 
 @dataclass(frozen=True, kw_only=True)
 class Coding:
@@ -138,7 +140,7 @@ def decode_sum(wire_KS: Tensor, layout: Layout, *, divisor: float = 1.0) -> Tens
     total_C = rows_KC[0].clone()
     for row_C in rows_KC[1:]:
         total_C += row_C
-    return total_C if divisor == 1.0 else total_C / divisor
+    return total_C if divisor == 1.0 else total_C / torch.full_like(total_C, divisor)
 
 
 def decode_sum_encode(
@@ -167,7 +169,8 @@ def decode_sum_encode(
     encode_rows(total_C.view(1, -1), row_1S, answer_layout, coding, blocks.chunk(chunk, answer_layout))
     if residual_C is not None:
         sent_C = decode_rows(row_1S, answer_layout)[0]
-        residual_C.copy_(torch.where(sent_C.isfinite(), total_C - sent_C, residual_C))
+        lost_C = (total_C - sent_C).clamp(-_FLOAT_MAX, _FLOAT_MAX)
+        residual_C.copy_(torch.where(sent_C.isfinite(), lost_C, residual_C))
 
 
 def encode_rows(x_KC: Tensor, wire_KS: Tensor, layout: Layout, coding: Coding, blocks: Blocks | None) -> None:
@@ -228,17 +231,17 @@ def _scaled(h_GB: Tensor, s_G: Tensor, marked_G: Tensor, fmt: Format) -> Tensor:
         t_GB = h_GB * (1.0 / s_G)[:, None]  # exact: 2**-e is a normal number for e in [-127, 126]
         return t_GB.masked_fill(marked_G[:, None], 0.0)
     up_G = scales.lift(s_G)
-    inverse_G = torch.where(s_G > 0, fmt.max_code / (s_G * up_G), 0.0)
+    inverse_G = torch.where(s_G > 0, scales.quotient(fmt.max_code, s_G * up_G), 0.0)
     t_GB = (h_GB * up_G[:, None]) * inverse_G[:, None]
     return t_GB.masked_fill((marked_G | (s_G == 0))[:, None], 0.0)
 
 
 def _encode_raw(x_KC: Tensor, fmt: Format, random: Tensor | None) -> Tensor:
     """Bytes of raw elements; a NaN becomes the canonical quiet NaN."""
-    if fmt.name == "fp32":
-        return x_KC.contiguous().view(torch.uint8)
-    bits = x_KC.contiguous().view(torch.int32)
     nan = x_KC.isnan()
+    if fmt.name == "fp32":
+        return x_KC.masked_fill(nan, float("nan")).view(torch.uint8)
+    bits = x_KC.contiguous().view(torch.int32)
     if fmt.name == "fp16":
         return x_KC.to(torch.float16).masked_fill(nan, float("nan")).view(torch.uint8)
     if random is None:
@@ -262,7 +265,8 @@ def load_residual(residual_N: Tensor, residual_scales_G: Tensor | None, block: i
 def store_residual(
     e_N: Tensor, keep_N: Tensor, residual_N: Tensor, residual_scales_G: Tensor | None, block: int
 ) -> None:
-    """Write e where `keep_N` says so. bf16: nearest, saturating; int8: as the format int8 with fp32 scales."""
+    """Write e where `keep_N` says so, saturating: a residual is never infinite. int8: as the format int8."""
+    e_N = e_N.clamp(-_FLOAT_MAX, _FLOAT_MAX)
     if residual_scales_G is None:
         top = torch.finfo(residual_N.dtype).max
         residual_N.copy_(torch.where(keep_N, e_N.clamp(-top, top).to(residual_N.dtype), residual_N))
@@ -272,7 +276,7 @@ def store_residual(
     keep_GB = torch.nn.functional.pad(keep_N, (0, padding), value=True).view(-1, block)
     amax_G = scales.as_float(scales.magnitude_bits(e_GB).amax(dim=-1))
     up_G = scales.lift(amax_G)
-    inverse_G = torch.where(amax_G > 0, 127.0 / (amax_G * up_G), 0.0)
+    inverse_G = torch.where(amax_G > 0, scales.quotient(127.0, amax_G * up_G), 0.0)
     codes_GB = torch.round((e_GB * up_G[:, None]) * inverse_G[:, None]).clamp(-127, 127).to(torch.int8)
     codes_N = codes_GB.view(-1)[: e_N.numel()]
     residual_N.copy_(torch.where(keep_N, codes_N, residual_N))

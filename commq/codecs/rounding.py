@@ -32,7 +32,7 @@ def sign_codes(t: Tensor, random: Tensor | None) -> Tensor:
     """int32 codes: 1 for +1, 0 for -1. Nearest: t >= 0. Stochastic: +1 with probability (1 + t) / 2."""
     if random is None:
         return (t >= 0).to(torch.int32)
-    return torch.floor((t * 0.5 + 0.5) + offset(random)).to(torch.int32)
+    return torch.floor((t * 0.5 + 0.5) + offset(random)).clamp(0, 1).to(torch.int32)
 
 
 def float_codes(t: Tensor, exponent: int, mantissa: int, top: int, random: Tensor | None) -> Tensor:

@@ -32,6 +32,11 @@ def lift(amax_G: Tensor) -> Tensor:
     return torch.where(amax_G < 1 / _LIFT, _LIFT, 1.0)
 
 
+def quotient(numerator: float, x: Tensor) -> Tensor:
+    """numerator / x, rounded once. (A Python number over a tensor is a reciprocal and a product in torch.)"""
+    return torch.full_like(x, numerator) / x
+
+
 def tree_sum(x_GB: Tensor) -> Tensor:
     """Sum over the last axis (a power of two), adjacent pairs first: ((x0 + x1) + (x2 + x3)) + ...
 
@@ -96,7 +101,7 @@ def encode_scales(h_GB: Tensor, valid_G: Tensor, fmt: Format, *, mean: bool) -> 
         per_group = fmt.group // fmt.block
         top_Q = amax_G.unflatten(0, (-1, per_group)).amax(dim=-1)
         up_Q = lift(top_Q)
-        inverse_Q = torch.where(top_Q > 0, 448.0 / (top_Q * up_Q), 0.0)
+        inverse_Q = torch.where(top_Q > 0, quotient(448.0, top_Q * up_Q), 0.0)
         up_G, inverse_G = up_Q.repeat_interleave(per_group), inverse_Q.repeat_interleave(per_group)
         y_G = ((amax_G * up_G) * inverse_G).clamp(max=448.0)
         scales = _bytes(_e4m3_up(y_G).masked_fill(marked_G, 0x7F), torch.uint8)

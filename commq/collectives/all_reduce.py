@@ -41,9 +41,13 @@ class Piece:
     decay: float = 0.0
 
 
-def stream(rank: int, hop: int) -> int:
-    """Philox stream of a rank's rounding on a hop: never the same for two ranks or two hops."""
-    return rank << 1 | hop
+ANSWER_STREAM = 1
+"""Philox stream of the second hop: each element has one owner, and its bits must not depend on which rank that is."""
+
+
+def send_stream(rank: int) -> int:
+    """Philox stream of a rank's first hop: errors of different ranks must not be the same."""
+    return rank << 1
 
 
 class TwoShot:
@@ -70,7 +74,7 @@ class TwoShot:
                 piece.x_N,
                 outgoing[:, part.offset : part.offset + part.layout.chunk_bytes],
                 part.layout,
-                replace(piece.coding, stream=stream(self.transport.rank, 0)),
+                replace(piece.coding, stream=send_stream(self.transport.rank)),
                 residual_N=piece.residual_N,
                 residual_scales_G=piece.residual_scales_G,
                 decay=piece.decay,
@@ -89,7 +93,7 @@ class TwoShot:
                 part.layout,
                 row[0, part.answer_offset : part.answer_offset + part.answer.chunk_bytes],
                 part.answer,
-                replace(piece.coding, stream=stream(rank, 1)),
+                replace(piece.coding, stream=ANSWER_STREAM),
                 chunk=rank,
                 divisor=self.divisor,
                 blocks=piece.answer_blocks,

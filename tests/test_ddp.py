@@ -1,0 +1,225 @@
+"""DDP with commq against plain DDP, on real processes."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import commq
+from harness import process_ranks, run_processes
+
+
+class Net(nn.Module):
+    """Odd shapes: nothing is a multiple of a block; `scale` is 1-D and exempt, `small` is exempt by size."""
+
+    def __init__(self, width=130):
+        super().__init__()
+        self.first = nn.Linear(37, width)
+        self.second = nn.Linear(width, 65)
+        self.small = nn.Linear(65, 3)
+        self.scale = nn.Parameter(torch.ones(3))
+
+    def forward(self, x):
+        return self.small(torch.relu(self.second(torch.relu(self.first(x))))) * self.scale
+
+
+def make(recipe, *, bucket_mb=25.0, dtype=torch.float32, width=130, grad_scaler=None):
+    torch.manual_seed(0)
+    ddp = DistributedDataParallel(Net(width).to(dtype), bucket_cap_mb=bucket_mb)
+    handle = commq.register(ddp, recipe, grad_scaler=grad_scaler) if recipe else None
+    return ddp, handle
+
+
+def batch(step, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(1000 * step + dist.get_rank())
+    return torch.randn(16, 37, generator=generator).to(dtype)
+
+
+def backward(ddp, step, dtype=torch.float32):
+    ddp.zero_grad()
+    ddp(batch(step, dtype)).square().mean().backward()
+
+
+def grads(ddp):
+    return torch.cat([p.grad.flatten() for p in ddp.parameters()])
+
+
+def train(recipe, steps=4, **options):
+    """Parameters after a few steps of AdamW, and the last stats."""
+    ddp, handle = make(recipe, **options)
+    optimizer = torch.optim.AdamW(ddp.parameters(), lr=1e-2)
+    for step in range(steps):
+        backward(ddp, step)
+        optimizer.step()
+    return nn.utils.parameters_to_vector(ddp.parameters()).detach(), handle.stats()
+
+
+def same_on_all_ranks(tensor):
+    rows = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+    dist.all_gather(rows, tensor)
+    return all(torch.equal(row, tensor) for row in rows)
+
+
+@process_ranks(2, 3)
+@pytest.mark.parametrize("recipe", commq.recipes())
+def test_gradients_are_those_of_plain_ddp_within_the_format(recipe):
+    plain, _ = make(None)
+    ddp, _ = make(recipe)
+    backward(plain, 0)
+    backward(ddp, 0)
+    exact, found = grads(plain), grads(ddp)
+    assert same_on_all_ranks(found)
+    # Relative 2-norm error of both hops: sqrt(2) times one hop's, which is known for Gaussian-like data
+    # (sign keeps 64 % of the energy of such data; here a fifth of the elements are exact zeros as well).
+    limit = {"fp32": 2e-7, "bf16": 4e-3, "fp8": 0.05, "int8": 0.02, "int4": 0.25, "onebit": 1.2}[recipe]
+    assert float((found - exact).norm() / exact.norm()) < limit
+    # 1-D and small parameters travelled as bf16: two roundings of 2**-8.
+    for name in ("scale", "small.weight", "first.bias"):
+        a, b = plain.module.get_parameter(name).grad, ddp.module.get_parameter(name).grad
+        assert bool(((a - b).abs() <= 2.0**-6.9 * a.abs() + 2.0**-7 * a.abs().max()).all())
+
+
+@process_ranks(3)
+@pytest.mark.parametrize("recipe", ["int4", "onebit"])
+def test_bits_do_not_depend_on_the_buckets(recipe):
+    for overrides in ({}, {"rounding": "stochastic"}, {"rotation": 64}):
+        chosen = commq.recipe(recipe, **overrides)
+        whole, _ = train(chosen)
+        pieces, _ = train(chosen, bucket_mb=0.01)
+        assert same_on_all_ranks(whole)
+        assert torch.equal(whole, pieces), overrides
+
+
+@process_ranks(2)
+def test_aligned_buckets_are_encoded_in_place_to_the_same_bits():
+    """128-wide layers need no copy; splitting them over buckets changes nothing either."""
+    results = [train("int4", width=128, bucket_mb=mb)[0] for mb in (25.0, 0.01)]
+    assert torch.equal(*results)
+
+
+@process_ranks(2)
+def test_two_runs_are_bit_identical():
+    assert torch.equal(train("int4")[0], train("int4")[0])
+
+
+@process_ranks(2, 4)
+def test_bytes_sent():
+    ratios = {name: train(name, steps=2, width=1024)[1].ratio for name in commq.recipes()}
+    assert ratios["fp32"] == 1.0
+    assert ratios["int8"] <= 0.27 and ratios["int4"] <= 0.14 and ratios["onebit"] <= 0.05
+
+
+@process_ranks(2)
+def test_pytorchs_own_two_lines():
+    ddp, _ = make(None)
+    state = commq.HookState("int4")
+    ddp.register_comm_hook(state, commq.comm_hook)
+    backward(ddp, 0)
+    registered, _ = make("int4")
+    backward(registered, 0)
+    assert torch.equal(grads(ddp), grads(registered))
+    assert state.stats().steps == 1
+    names = state.state_dict()["residual"]["values"]
+    assert len(names) == 2 and all(name.startswith("parameter.") for name in names)
+
+
+@process_ranks(2)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_models(dtype):
+    ddp, _ = make("int8", dtype=dtype)
+    plain, _ = make(None, dtype=dtype)
+    backward(ddp, 0, dtype)
+    backward(plain, 0, dtype)
+    found, exact = grads(ddp), grads(plain)
+    assert found.dtype == dtype and same_on_all_ranks(found)
+    assert float((found - exact).float().norm() / exact.float().norm()) < 0.03
+
+
+@process_ranks(2)
+def test_no_sync_exchanges_once():
+    ddp, handle = make("fp32")
+    with ddp.no_sync():
+        ddp(batch(0)).square().mean().backward()
+    assert handle.stats().steps == 0 and handle.stats().sent_bytes == 0
+    ddp(batch(1)).square().mean().backward()
+    assert handle.stats().steps == 1
+    accumulated = grads(ddp)
+    plain, _ = make(None)
+    with plain.no_sync():
+        plain(batch(0)).square().mean().backward()
+    plain(batch(1)).square().mean().backward()
+    assert float((accumulated - grads(plain)).norm() / grads(plain).norm()) < 2e-7
+
+
+@process_ranks(2)
+def test_nan_on_one_rank_skips_the_step_everywhere():
+    """GradScaler sees the NaN on all ranks, residuals stay finite and follow the scale, training goes on."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    ddp, handle = make("int4", grad_scaler=scaler)
+    optimizer = torch.optim.SGD(ddp.parameters(), lr=1e-3)
+    parameters = nn.utils.parameters_to_vector
+    for step in range(6):
+        before = parameters(ddp.parameters()).detach().clone()
+        optimizer.zero_grad()
+        loss = ddp(batch(step)).square().mean()
+        if step == 2 and dist.get_rank() == 1:
+            loss = loss * float("nan")
+        scaler.scale(loss).backward()
+        assert bool(grads(ddp).isnan().any()) == (step == 2)
+        scaler.step(optimizer)
+        scaler.update()
+        after = parameters(ddp.parameters()).detach()
+        assert torch.equal(before, after) == (step == 2)
+        assert same_on_all_ranks(after) and bool(after.isfinite().all())
+        values = handle.state_dict()["residual"]["values"]
+        assert all(bool(v.isfinite().all()) for v in values.values())
+    assert scaler.get_scale() == 2.0**9
+    assert handle.residual.loss_scale == 2.0**9
+
+
+@process_ranks(2)
+def test_resume_is_bit_exact(tmp_path):
+    """Saved in the middle: the residuals, and everything after, are those of the run that went on."""
+    ddp, handle = make("int4")
+    optimizer = torch.optim.AdamW(ddp.parameters(), lr=1e-2)
+    for step in range(3):
+        backward(ddp, step)
+        optimizer.step()
+    file = tmp_path / f"rank{dist.get_rank()}.pt"
+    torch.save([ddp.module.state_dict(), optimizer.state_dict(), handle.state_dict()], file)
+    again, resumed = make("int4")
+    fresh = torch.optim.AdamW(again.parameters(), lr=1e-2)
+    model_state, optimizer_state, handle_state = torch.load(file, weights_only=True)
+    again.module.load_state_dict(model_state)
+    fresh.load_state_dict(optimizer_state)
+    resumed.load_state_dict(handle_state)
+    for step in range(3, 6):
+        for model, opt in ((ddp, optimizer), (again, fresh)):
+            backward(model, step)
+            opt.step()
+        assert torch.equal(grads(ddp), grads(again))
+    assert handle.stats().steps == resumed.stats().steps == 6
+    assert handle.stats().sent_bytes == resumed.stats().sent_bytes
+
+
+def register_own_recipe():
+    torch.manual_seed(0)
+    ddp = DistributedDataParallel(Net())
+    try:
+        commq.register(ddp, "int4" if dist.get_rank() else commq.recipe("int4", block=64))
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
+def test_different_recipes_fail_on_every_rank():
+    messages = run_processes(register_own_recipe, 3)
+    assert len(set(messages)) == 1
+    assert "the recipe differs between ranks: rank 0 has Recipe(name='int4'" in messages[0]
+    assert "rank 1 has Recipe(name='int4'" in messages[0] and "block=64" in messages[0]
+
+
+def test_register_wants_ddp():
+    with pytest.raises(TypeError, match="got Net, expected DistributedDataParallel"):
+        commq.register(Net(), "int4")
