@@ -104,7 +104,7 @@ def encode_bucket(
     if coding.rotation is not None:
         signs = coding.rotation.sign_pattern(seed=coding.seed, step=coding.step, device=x_N.device)
         y = rotate(y, coding.rotation, signs)
-    encode_rows(y.view(layout.chunks, -1), wire_WS, layout, coding, blocks)
+    encode_rows(y.view(layout.chunks, layout.chunk_numel), wire_WS, layout, coding, blocks)
     if residual_N is None or e_N is None:
         return
     sent = decode_rows(wire_WS, layout).view(-1)
@@ -176,6 +176,8 @@ def decode_sum_encode(
 def encode_rows(x_KC: Tensor, wire_KS: Tensor, layout: Layout, coding: Coding, blocks: Blocks | None) -> None:
     """Encode float32 rows, already padded and rotated, each into one row of the wire."""
     fmt = layout.format
+    if layout.chunk_numel == 0:
+        return
     nearest = coding.rounding == "nearest"
     blocks = blocks or count_blocks(layout, x_KC.device)
     random_GB = None
@@ -212,6 +214,8 @@ def decode_rows(wire_KS: Tensor, layout: Layout) -> Tensor:
     """float32 (K, C) of K rows of the wire, still rotated, padding included."""
     fmt = layout.format
     rows = wire_KS.shape[0]
+    if layout.chunk_numel == 0:
+        return torch.empty((rows, 0), device=wire_KS.device)
     codes_KP = layout.codes(wire_KS)
     if fmt.kind == "raw":
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[fmt.name]

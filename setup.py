@@ -1,0 +1,21 @@
+"""What is installed; the tools' settings are in pyproject.toml."""
+
+from setuptools import find_packages, setup
+
+TRAIN = ["matplotlib", "numpy", "rich", "tensorboard", "tyro"]
+
+setup(
+    name="commq",
+    version="0.1.0",
+    description="Compressed communication for distributed PyTorch training",
+    license="Apache-2.0",
+    packages=find_packages(include=["commq", "commq.*"]),
+    python_requires=">=3.10",
+    install_requires=["torch>=2.11"],
+    extras_require={
+        "train": TRAIN,
+        "mpi": ["mpi4py"],
+        # ruff and mypy are pinned: a newer one finds new faults in unchanged code.
+        "dev": [*TRAIN, "hypothesis", "mypy==2.4.*", "pytest", "pytest-timeout", "pytest-xdist", "ruff==0.17.*"],
+    },
+)

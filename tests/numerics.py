@@ -1,0 +1,30 @@
+"""Inputs that codecs get wrong."""
+
+import torch
+from torch import Tensor
+
+
+def nasty_inputs() -> dict[str, Tensor]:
+    """Named float32 vectors, finite but for those named inf and nan, and the same at every call."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(length: int) -> Tensor:
+        return torch.randn(length, generator=generator)
+
+    largest = torch.finfo(torch.float32).max
+    smallest = torch.finfo(torch.float32).smallest_normal
+    inputs = {f"length {length}": normal(length) for length in (1, 127, 128, 129, 1000)}
+    inputs["zeros"] = torch.zeros(1000)
+    inputs["one value"] = torch.full((1000,), 0.1)
+    inputs["negative"] = -normal(1000).abs() - 0.01
+    inputs["one huge value"] = normal(1000).index_fill(0, torch.tensor([345]), largest)
+    inputs["subnormals"] = normal(1000).clamp(-3, 3) * (smallest / 4)
+    inputs["one subnormal"] = torch.zeros(1000).index_fill(0, torch.tensor([345]), 2.0**-149)
+    inputs["regions"] = normal(1000) * torch.logspace(-3, 3, 10).repeat_interleave(100)
+    chi_squared = normal(1000) ** 2 + normal(1000) ** 2
+    inputs["heavy tail"] = normal(1000) / (chi_squared / 2).sqrt()  # Student's t, 2 degrees of freedom
+    inf, nan = torch.inf, torch.nan
+    for name, values in {"inf": [inf, -inf], "nan": [nan], "inf nan": [inf, nan]}.items():
+        inputs[name] = normal(1000)
+        inputs[name][300 : 300 + len(values)] = torch.tensor(values)
+    return inputs
