@@ -1,0 +1,138 @@
+"""The configuration of a run: frozen dataclasses, one per stage; the command line is made from them."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    layers: int = 3
+    """Transformer blocks."""
+    dim: int = 160
+    """Width of the residual stream; a multiple of 2 * heads."""
+    heads: int = 5
+    """Attention heads per block."""
+    context: int = 128
+    """Bytes that the model sees at once."""
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "layers", "dim", "heads", "context")
+        if self.dim % (2 * self.heads):
+            raise ValueError(
+                f"dim={self.dim} is not a multiple of 2 * heads = {2 * self.heads}; "
+                f"choose for example dim={2 * self.heads * max(1, round(self.dim / (2 * self.heads)))}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    data: Path | None = None
+    """File or folder to train on, any bytes; by default the source code of Python's standard library."""
+    max_mb: float = 32.0
+    """Read at most this many MB (10**6 bytes)."""
+    batch: int = 4
+    """Sequences per process and micro-batch."""
+    accumulate: int = 1
+    """Micro-batches per step; gradients travel only after the last one."""
+    val_sequences: int = 256
+    """Sequences of the held-out part that each validation uses, over all processes together."""
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "max_mb", "batch", "accumulate", "val_sequences")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """adamw (betas 0.9 and 0.95) or sgd (momentum 0.9)."""
+    lr: float = 2e-3
+    """Peak learning rate; sgd wants about 25 times more than adamw."""
+    warmup: int = 30
+    """Steps over which the learning rate rises linearly from zero to its peak."""
+    final_lr: float = 0.05
+    """Learning rate at the last step as a fraction of the peak; a cosine leads there."""
+    weight_decay: float = 0.1
+    """Weight decay of the matrices; vectors have none."""
+    clip: float = 1.0
+    """Largest norm of the averaged gradient; larger ones are scaled down to it. 0 turns this off."""
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "lr")
+        for name in ("warmup", "final_lr", "weight_decay", "clip"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} is negative; choose 0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputConfig:
+    out: Path = Path("out/run")
+    """Folder for config, metrics and checkpoints; all processes must see the same folder."""
+    resume: bool = False
+    """Continue from the newest checkpoint in the out folder, bit for bit as if never interrupted; without
+    one, start at the first step."""
+    reshard: bool = False
+    """Let --resume continue with another number of processes: residuals are folded so that their sum
+    over the processes is kept. Not bit for bit: the batch of a step changes with the processes."""
+    log_every: int = 10
+    """Steps between two lines of metrics.jsonl."""
+    val_every: int = 100
+    """Steps between two validations; the last step is always validated."""
+    checkpoint_every: int = 100
+    """Steps between two checkpoints; the last step is always saved."""
+    keep: int = 2
+    """Checkpoints to keep."""
+    tensorboard: bool = True
+    """Write TensorBoard scalars to the out folder."""
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "log_every", "val_every", "checkpoint_every", "keep")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Train a small GPT on bytes with compressed gradients.
+
+    Alone: one process. With several, start it with torchrun: each process takes one GPU and NCCL if
+    there are enough of them on its machine, otherwise all use the CPU and gloo. Ctrl-C saves and stops.
+    """
+
+    recipe: str = "int4"
+    """How gradients travel: fp32, bf16, fp8, int8, int4 or onebit."""
+    steps: int = 300
+    """Optimizer steps in the whole run."""
+    seed: int = 0
+    """Seed of the initial weights, the data order and the random rounding."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    output: OutputConfig = field(default_factory=OutputConfig)
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "steps")
+
+    def flat(self) -> dict[str, bool | int | float | str | None]:
+        """Every field by its name on the command line; plain data."""
+        values: dict[str, bool | int | float | str | None] = {}
+        for owner in (self, self.model, self.data, self.optimizer, self.output):
+            for item in dataclasses.fields(owner):
+                value = getattr(owner, item.name)
+                if not dataclasses.is_dataclass(value):
+                    values[item.name] = str(value) if isinstance(value, Path) else value
+        return values
+
+    def numerics(self) -> dict[str, bool | int | float | str | None]:
+        """The fields that decide the weights of step n; a resumed run must have the same.
+
+        `steps` is one of them because the learning rate depends on it. The data path is not: the
+        checkpoint holds a digest of the bytes themselves.
+        """
+        free = {"data", "val_sequences"} | {item.name for item in dataclasses.fields(OutputConfig)}
+        return {name: value for name, value in self.flat().items() if name not in free}
+
+
+def _require_positive(config: object, *names: str) -> None:
+    for name in names:
+        if getattr(config, name) <= 0:
+            raise ValueError(f"{name}={getattr(config, name)} is not positive; choose a larger value")

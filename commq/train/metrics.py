@@ -1,0 +1,86 @@
+"""What a run measures, as lines of metrics.jsonl and as TensorBoard scalars."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One line of metrics.jsonl."""
+
+    step: int
+    train_loss: float
+    """Loss of this step before its update, mean over all ranks, nats per byte."""
+    val_loss: float | None
+    """Loss after this step's update, or None where there was no validation."""
+    lr: float
+    grad_norm: float
+    """Norm of the averaged gradient before clipping."""
+    raw_bytes: int
+    """What rank 0 would have sent since the first step with fp32 gradients."""
+    sent_bytes: int
+    """What rank 0 sent since the first step."""
+    residual_norm: float
+    """2-norm of what rank 0 keeps for the next step by error feedback."""
+    seconds: float
+    """Time since the first step, without start-up; after a resume, added to that of the checkpoint."""
+
+
+class Metrics:
+    """Writes rows to the out folder. After a resume, rows later than `step` are dropped first."""
+
+    def __init__(self, out: Path, step: int, *, tensorboard: bool) -> None:
+        path = out / "metrics.jsonl"
+        kept = [line for line in _complete_lines(path) if json.loads(line)["step"] <= step]
+        partial = path.with_suffix(".partial")
+        partial.write_text("".join(kept))
+        os.replace(partial, path)
+        self._stream = path.open("a", buffering=1)
+        self._board = _open_board(out / "tensorboard", step) if tensorboard else None
+
+    def write(self, row: Row) -> None:
+        values = dataclasses.asdict(row)
+        self._stream.write(json.dumps(values) + "\n")
+        if self._board is not None:
+            for name, value in values.items():
+                if name != "step" and value is not None:
+                    self._board.add_scalar(name, value, row.step)
+
+    def close(self) -> None:
+        self._stream.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def read_rows(out: Path) -> list[Row]:
+    """The rows of a run in the order of their steps."""
+    return [Row(**json.loads(line)) for line in _complete_lines(out / "metrics.jsonl")]
+
+
+def _complete_lines(path: Path) -> list[str]:
+    """All lines but one that a killed process left unfinished."""
+    if not path.exists():
+        return []
+    return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
+def check_tensorboard() -> None:
+    """ValueError if TensorBoard is not installed."""
+    if find_spec("tensorboard") is None:
+        raise ValueError("TensorBoard is not installed; pip install tensorboard, or pass --no-tensorboard")
+
+
+def _open_board(folder: Path, step: int) -> SummaryWriter:
+    from torch.utils.tensorboard import SummaryWriter  # takes a second
+
+    return SummaryWriter(str(folder), purge_step=step + 1)
