@@ -11,6 +11,7 @@ One line turns it on for a DistributedDataParallel module:
 """
 
 from commq.attach.ddp import HookState, comm_hook, register
+from commq.build_info import build_info
 from commq.codecs.formats import Format, get_format
 from commq.codecs.ops import Encoded, decode, encode
 from commq.codecs.rotation import Rotation
@@ -28,6 +29,7 @@ __all__ = [
     "Recipe",
     "Rotation",
     "all_reduce",
+    "build_info",
     "comm_hook",
     "decode",
     "encode",

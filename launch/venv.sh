@@ -99,7 +99,7 @@ _ensure() {
   [[ -x $_venv/bin/python ]] || _make
 
   # The stamp is all that the installation depends on, written when it is complete.
-  inputs="$ROOT ${COMMQ_TORCH:-} $(cat "$ROOT/setup.py" "$ROOT/pyproject.toml" "$ROOT/launch/venv.sh")"
+  inputs="$ROOT ${COMMQ_TORCH:-} $(cat "$ROOT/setup.py" "$ROOT/pyproject.toml" "$ROOT/launch/venv.sh"; cat "$ROOT"/cuda/* | cksum)"
   if [[ ! -f $stamp || $(<"$stamp") != "$inputs" ]]; then
     _install "$extra"
     echo "$inputs" >"$stamp"

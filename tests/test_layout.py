@@ -14,6 +14,7 @@ ROOT = Path(__file__).parent.parent
 # public names.
 PARTS = (
     "codecs",
+    "build_info",
     "feedback",
     "stats",
     "collectives",

@@ -2,31 +2,45 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 from dataclasses import dataclass
+from functools import cache
 from types import ModuleType
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from commq.codecs import reference
+from commq.codecs import native, reference
 from commq.codecs.formats import Format, get_format
 from commq.codecs.reference import Coding
 from commq.codecs.rotation import Rotation
 from commq.codecs.wire import Layout
 
-Backend = Literal["auto", "reference"]
+BACKENDS = ("auto", "native", "triton", "reference")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+@cache
 def implementation(backend: str, device: torch.device) -> ModuleType:
     """The module that implements the codec families of `reference.py` for tensors on `device`.
 
-    A pure function of its arguments: an implementation that is not there is an error, never a silent fallback.
+    auto: the native library if it was built for the device, else Triton on a GPU, else the reference. All of them
+    give the same bytes. One asked for by name that is not there is a RuntimeError with the reason, never a fallback.
     """
-    if backend in ("auto", "reference"):
-        return reference
-    raise ValueError(f"backend={backend!r} is unknown; expected 'auto' or 'reference'")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r} is unknown; expected one of {', '.join(BACKENDS)}")
+    if backend == "native" or (backend == "auto" and native.available(device)):
+        if reason := native.missing(device):
+            raise RuntimeError(f"backend='native': {reason}")
+        return native
+    has_triton = importlib.util.find_spec("triton") is not None
+    if backend == "triton" or (backend == "auto" and device.type == "cuda" and has_triton):
+        if not has_triton:
+            raise RuntimeError("backend='triton': triton is not installed; pip install triton")
+        return importlib.import_module("commq.codecs.triton_kernels")
+    return reference
 
 
 @dataclass(frozen=True)

@@ -219,7 +219,7 @@ def decode_rows(wire_KS: Tensor, layout: Layout) -> Tensor:
     codes_KP = layout.codes(wire_KS)
     if fmt.kind == "raw":
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[fmt.name]
-        return codes_KP.contiguous().view(dtype).to(torch.float32)
+        return scales.aligned(codes_KP).view(dtype).to(torch.float32)
     scales_GS = layout.scales(wire_KS).reshape(rows * layout.chunk_blocks, -1)
     groups_Q4 = layout.groups(wire_KS).reshape(-1, 4) if fmt.group else wire_KS.new_empty((0, 4))
     s_G = scales.decode_scales(scales_GS, groups_Q4, fmt)

@@ -118,16 +118,21 @@ def encode_scales(h_GB: Tensor, valid_G: Tensor, fmt: Format, *, mean: bool) -> 
     return scales, groups_Q4, marked_G
 
 
+def aligned(x: Tensor) -> Tensor:
+    """A copy at an address that any dtype can be viewed at: rows of the wire may start anywhere."""
+    return x.clone(memory_format=torch.contiguous_format)
+
+
 def decode_scales(scales_GS: Tensor, groups_Q4: Tensor, fmt: Format) -> Tensor:
     """The float32 magnitude (G,) that scale bytes stand for: NaN for a marked block, 2**e for e8m0."""
     if fmt.scale == "fp32":
-        return scales_GS.contiguous().view(torch.float32).squeeze(-1)
+        return aligned(scales_GS).view(torch.float32).squeeze(-1)
     if fmt.scale == "bf16":
-        return scales_GS.contiguous().view(torch.bfloat16).squeeze(-1).to(torch.float32)
+        return aligned(scales_GS).view(torch.bfloat16).squeeze(-1).to(torch.float32)
     if fmt.scale == "e8m0":
         e_G = scales_GS.squeeze(-1).to(torch.int32)
         bits_G = torch.where(e_G == 0, 0x00400000, e_G << 23)
         return as_float(torch.where(e_G == 0xFF, 0x7FC00000, bits_G))
-    top_G = groups_Q4.contiguous().view(torch.float32).squeeze(-1).repeat_interleave(fmt.group // fmt.block)
-    relative_G = scales_GS.contiguous().view(torch.float8_e4m3fn).squeeze(-1).to(torch.float32)
+    top_G = aligned(groups_Q4).view(torch.float32).squeeze(-1).repeat_interleave(fmt.group // fmt.block)
+    relative_G = aligned(scales_GS).view(torch.float8_e4m3fn).squeeze(-1).to(torch.float32)
     return (relative_G * (1.0 / 448.0)) * top_G

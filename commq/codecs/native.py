@@ -1,0 +1,171 @@
+"""The codec families of `reference.py` in native code: CUDA kernels and their CPU twins, in commq/_native.so.
+
+Same signatures, same bytes. Each function turns its Layout and Coding into the plain numbers that the op takes and
+calls it; nothing is allocated besides the result, nothing waits for the device, and work goes to the current stream.
+The ops `torch.ops.commq.*` have fake implementations, so they go through torch.compile and CUDA graph capture.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from commq.codecs.formats import FORMATS, SCALE_BYTES
+from commq.codecs.reference import Blocks, Coding
+from commq.codecs.rotation import Rotation
+from commq.codecs.wire import Layout
+
+LIBRARY = Path(__file__).resolve().parent.parent / "_native.so"
+
+_FORMAT_IDS = {name: number for number, name in enumerate(FORMATS)}
+_SCALE_IDS = {name: number for number, name in enumerate(SCALE_BYTES)}
+
+
+def _load() -> str:
+    """Load the library; the reason why it could not be loaded, or ""."""
+    if not LIBRARY.exists():
+        return (
+            f"{LIBRARY} was not built: there was no C++ compiler or no torch in sight when commq was installed; "
+            "run `pip install --no-build-isolation` or `python setup.py build_ext --inplace`"
+        )
+    try:
+        torch.ops.load_library(LIBRARY)
+    except OSError as error:
+        return f"{LIBRARY} could not be loaded: {error}"
+    return ""
+
+
+_MISSING = _load()
+
+
+def missing(device: torch.device) -> str:
+    """Why tensors on `device` cannot be coded natively; "" if they can."""
+    if _MISSING:
+        return _MISSING
+    key = {"cpu": "CPU", "cuda": "CUDA"}.get(device.type)
+    if key is None:
+        return f"the native library has no code for {device.type} tensors"
+    if not torch._C._dispatch_has_kernel_for_dispatch_key("commq::encode_bucket", key):
+        return f"{LIBRARY} was built without {key} code: nvcc was not found; set CUDA_HOME and install again"
+    return ""
+
+
+def available(device: torch.device) -> bool:
+    """Whether tensors on `device` can be coded natively."""
+    return not missing(device)
+
+
+def _numbers(layout: Layout) -> list[int]:
+    """The layout as the ops take it (layout_of in cuda/ops.cpp), remembered in the layout itself."""
+    numbers: list[int] | None = layout.__dict__.get("_native_numbers")
+    if numbers is None:
+        fmt = layout.format
+        numbers = [
+            _FORMAT_IDS[fmt.name],
+            _SCALE_IDS[fmt.scale],
+            fmt.block,
+            fmt.group,
+            layout.numel,
+            layout.chunks,
+            layout.chunk_numel,
+            layout.scales_offset,
+            layout.groups_offset,
+            layout.chunk_bytes,
+        ]
+        layout.__dict__["_native_numbers"] = numbers
+    return numbers
+
+
+def _rotation(coding: Coding, device: torch.device) -> tuple[int, Tensor | None]:
+    rotation: Rotation | None = coding.rotation
+    if rotation is None:
+        return 0, None
+    return rotation.size, rotation.sign_pattern(seed=coding.seed, step=coding.step, device=device)
+
+
+def encode_bucket(
+    x_N: Tensor,
+    wire_WS: Tensor,
+    layout: Layout,
+    coding: Coding,
+    *,
+    prescale: float = 1.0,
+    residual_N: Tensor | None = None,
+    residual_scales_G: Tensor | None = None,
+    decay: float = 0.0,
+    blocks: Blocks | None = None,
+) -> None:
+    """See `reference.encode_bucket`."""
+    rotation, signs = _rotation(coding, x_N.device)
+    torch.ops.commq.encode_bucket(
+        x_N,
+        wire_WS,
+        _numbers(layout),
+        prescale,
+        residual_N,
+        residual_scales_G,
+        decay,
+        rotation,
+        signs,
+        coding.rounding == "stochastic",
+        coding.seed,
+        coding.stream,
+        coding.step,
+        None if blocks is None else blocks.ids_G,
+        None if blocks is None else blocks.valid_G,
+    )
+
+
+def decode_bucket(wire_WS: Tensor, layout: Layout, out_N: Tensor, coding: Coding, *, accumulate: bool = False) -> None:
+    """See `reference.decode_bucket`."""
+    rotation, signs = _rotation(coding, out_N.device)
+    torch.ops.commq.decode_bucket(wire_WS, _numbers(layout), out_N, rotation, signs, accumulate)
+
+
+def decode_sum(wire_KS: Tensor, layout: Layout, *, divisor: float = 1.0) -> Tensor:
+    """See `reference.decode_sum`."""
+    out_C = torch.empty(layout.chunk_numel, dtype=torch.float32, device=wire_KS.device)
+    torch.ops.commq.decode_sum(wire_KS, _numbers(layout), divisor, out_C)
+    return out_C
+
+
+def decode_sum_encode(
+    wire_KS: Tensor,
+    layout: Layout,
+    answer_S: Tensor,
+    answer_layout: Layout,
+    coding: Coding,
+    *,
+    chunk: int,
+    divisor: float = 1.0,
+    residual_C: Tensor | None = None,
+    blocks: Blocks | None = None,
+) -> None:
+    """See `reference.decode_sum_encode`."""
+    torch.ops.commq.decode_sum_encode(
+        wire_KS,
+        _numbers(layout),
+        answer_S,
+        _numbers(answer_layout),
+        chunk,
+        divisor,
+        residual_C,
+        coding.rounding == "stochastic",
+        coding.seed,
+        coding.stream,
+        coding.step,
+        None if blocks is None else blocks.ids_G,
+        None if blocks is None else blocks.valid_G,
+    )
+
+
+def _writes_only(*_: Any) -> None:
+    """The fake implementation of every op: they write into tensors they are given and return nothing."""
+
+
+if not _MISSING:
+    for _name in ("encode_bucket", "decode_bucket", "decode_sum", "decode_sum_encode"):
+        torch.library.register_fake(f"commq::{_name}", _writes_only)

@@ -1,0 +1,267 @@
+// One struct for each kind of code: 8 scaled numbers t to packed codes, and packed codes to 8 values.
+//
+// Packed holds the codes of 8 consecutive elements, the first in the lowest bits. `values` gives the codes divided by
+// VALUE_SCALE, an exact power of two that the caller multiplies back together with 1 / max_code. |t| is at most
+// MAX_CODE and a few rounding errors of it (more for power-of-two scales); codes are clamped where that could reach
+// the next one.
+#pragma once
+
+#include <cuda_fp16.h>
+
+#include "random.cuh"
+
+namespace commq::cuda {
+
+struct Packed {
+  uint32_t low;   // 8 codes of up to 4 bits, or the first 4 codes of 8 bits
+  uint32_t high;  // the last 4 codes of 8 bits
+};
+
+struct Int8 {
+  static constexpr int BITS = 8;
+  static constexpr bool FLOAT = false;
+  static constexpr float MAX_CODE = 127.0f, VALUE_SCALE = 1.0f;
+
+  __device__ static __forceinline__ Packed pack(const uint32_t (&q)[8]) {
+    return {low_bytes(q[0], q[1], q[2], q[3]), low_bytes(q[4], q[5], q[6], q[7])};
+  }
+
+  __device__ static __forceinline__ Packed nearest(const float (&t)[8]) {
+    uint32_t q[8];
+#pragma unroll
+    for (int j = 0; j < 8; ++j) q[j] = nearest_integer(t[j]);
+    return pack(q);
+  }
+
+  __device__ static __forceinline__ Packed stochastic(const float (&t)[8], const Draw& draw) {
+    uint32_t q[8];
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      const float u = __fadd_rn(t[j], draw.offset(j));
+      q[j] = floor_integer(fminf(fmaxf(u, -MAX_CODE), MAX_CODE));
+    }
+    return pack(q);
+  }
+
+  __device__ static __forceinline__ void values(Packed codes, float (&v)[8]) {
+    const uint32_t word[2] = {codes.low ^ 0x80808080u, codes.high ^ 0x80808080u};
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      const uint32_t biased = __byte_perm(word[j / 4], 0x4B000000u, 0x7440 + j % 4);
+      v[j] = __fadd_rn(as_float(biased), -8388736.0f);
+    }
+  }
+};
+
+// Two's complement integers of 4 or 2 bits.
+template <int Bits>
+struct SmallInt {
+  static constexpr int BITS = Bits;
+  static constexpr bool FLOAT = false;
+  static constexpr float MAX_CODE = Bits == 4 ? 7.0f : 1.0f, VALUE_SCALE = 1.0f;
+  static constexpr uint32_t ONES = Bits == 4 ? 0x11111111u : 0x5555u;
+  static constexpr uint32_t BIAS = 1u << (Bits - 1);
+
+  // The sum of (MAGIC_BITS + q) << (Bits * j), made one of the unsigned q + BIAS, whose top bits are then flipped.
+  __device__ static __forceinline__ Packed pack(const uint32_t (&q)[8]) {
+    uint32_t sum = q[7];
+#pragma unroll
+    for (int j = 6; j >= 0; --j) sum = (sum << Bits) + q[j];
+    return {(sum - MAGIC_BITS * ONES + BIAS * ONES) ^ (BIAS * ONES), 0};
+  }
+
+  __device__ static __forceinline__ Packed nearest(const float (&t)[8]) {
+    uint32_t q[8];
+#pragma unroll
+    for (int j = 0; j < 8; ++j) q[j] = nearest_integer(t[j]);
+    return pack(q);
+  }
+
+  __device__ static __forceinline__ Packed stochastic(const float (&t)[8], const Draw& draw) {
+    uint32_t q[8];
+#pragma unroll
+    for (int j = 0; j < 8; ++j) q[j] = floor_integer(__fadd_rn(t[j], draw.offset(j)));
+    return pack(q);
+  }
+
+  // Codes become the low bits of a number in [2**23, 2**24); one exact multiply-add brings them back.
+  __device__ static __forceinline__ void values(Packed codes, float (&v)[8]) {
+    const uint32_t word = codes.low ^ (BIAS * ONES);
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      const int shift = Bits * j % 16;
+      const uint32_t half = Bits * j < 16 ? word : word >> 16;
+      const float scale = 1.0f / (1 << shift);
+      const float biased = as_float((half & (((1u << Bits) - 1) << shift)) | 0x4B000000u);
+      v[j] = __fmaf_rn(biased, scale, -(8388608.0f * scale + BIAS));
+    }
+  }
+};
+
+using Int4 = SmallInt<4>;
+using Int2 = SmallInt<2>;
+
+struct Sign {
+  static constexpr int BITS = 1;
+  static constexpr bool FLOAT = false;
+  static constexpr float MAX_CODE = 1.0f, VALUE_SCALE = 1.0f;
+
+  // t is the number itself here, not yet scaled. Adding 0 turns -0, whose code is that of 0, into +0.
+  __device__ static __forceinline__ Packed nearest(const float (&t)[8]) {
+    uint32_t negative = 0;
+#pragma unroll
+    for (int j = 7; j >= 0; --j) negative = __funnelshift_l(bits_of(__fadd_rn(t[j], 0.0f)), negative, 1);
+    return {~negative, 0};
+  }
+
+  __device__ static __forceinline__ Packed stochastic(const float (&t)[8], const Draw& draw) {
+    uint32_t codes = 0;
+#pragma unroll
+    for (int j = 7; j >= 0; --j) {
+      const float u = __fadd_rn(__fadd_rn(__fmul_rn(t[j], 0.5f), 0.5f), draw.offset(j));
+      codes = (codes << 1) + floor_integer(u);
+    }
+    return {codes - MAGIC_BITS * 0xFFu, 0};
+  }
+
+  __device__ static __forceinline__ void values(Packed codes, float (&v)[8]) {
+#pragma unroll
+    for (int j = 0; j < 8; ++j) v[j] = as_float((~codes.low << (31 - j) & 0x80000000u) | 0x3F800000u);
+  }
+};
+
+// Pattern of t in a float of few bits, without its sign: k = |t| / ulp rounded to an integer, counted from the
+// first pattern of t's binade; a carry out of the mantissa steps the exponent by itself.
+template <int Exponent, int Mantissa>
+struct SmallFloat {
+  static constexpr uint32_t LOWEST = (127 + 2 - (1 << (Exponent - 1))) << 23;  // exponent bits of the smallest normal
+
+  __device__ static __forceinline__ uint32_t binade(float t) {
+    const uint32_t bits = bits_of(t) & 0x7F800000u;
+    return bits > LOWEST ? bits : LOWEST;
+  }
+
+  __device__ static __forceinline__ uint32_t first(uint32_t binade) { return (binade - LOWEST) >> (23 - Mantissa); }
+
+  __device__ static __forceinline__ uint32_t nearest(float t) {
+    const uint32_t bits = binade(t);
+    const uint32_t magic = bits + ((23 - Mantissa) << 23) + 0x400000u;  // 1.5 * 2**23 ulps
+    return first(bits) + (bits_of(__fadd_rn(fabsf(t), as_float(magic))) - magic);
+  }
+
+  __device__ static __forceinline__ uint32_t stochastic(float t, float offset) {
+    const uint32_t bits = binade(t);
+    const float ulps = __fmul_rn(fabsf(t), as_float(((254u + Mantissa) << 23) - bits));  // exact
+    return first(bits) + (floor_integer(__fadd_rn(ulps, offset)) - MAGIC_BITS);
+  }
+};
+
+// e4m3 and e5m2. From sm_89 on one instruction converts two numbers, by the same rules: nearest even, saturating.
+template <int Mantissa>
+struct Fp8 {
+  static constexpr int BITS = 8;
+  static constexpr bool FLOAT = true;
+  static constexpr float MAX_CODE = Mantissa == 3 ? 448.0f : 57344.0f, VALUE_SCALE = 1.0f;
+  static constexpr uint32_t TOP = Mantissa == 3 ? 0x7E : 0x7B;
+  using Float = SmallFloat<7 - Mantissa, Mantissa>;
+
+  __device__ static __forceinline__ uint32_t with_sign(uint32_t magnitude, float t) {
+    return min(magnitude, TOP) | (bits_of(t) >> 24 & 0x80);
+  }
+
+  __device__ static __forceinline__ Packed nearest(const float (&t)[8]) {
+#if __CUDA_ARCH__ >= 890
+    uint32_t pairs[4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      uint16_t pair;
+      if constexpr (Mantissa == 3)
+        asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(t[2 * j + 1]), "f"(t[2 * j]));
+      else
+        asm("cvt.rn.satfinite.e5m2x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(t[2 * j + 1]), "f"(t[2 * j]));
+      pairs[j] = pair;
+    }
+    return {__byte_perm(pairs[0], pairs[1], 0x5410), __byte_perm(pairs[2], pairs[3], 0x5410)};
+#else
+    uint32_t q[8];
+#pragma unroll
+    for (int j = 0; j < 8; ++j) q[j] = with_sign(Float::nearest(t[j]), t[j]);
+    return Int8::pack(q);
+#endif
+  }
+
+  __device__ static __forceinline__ Packed stochastic(const float (&t)[8], const Draw& draw) {
+    uint32_t q[8];
+#pragma unroll
+    for (int j = 0; j < 8; ++j) q[j] = with_sign(Float::stochastic(t[j], draw.offset(j)), t[j]);
+    return Int8::pack(q);
+  }
+
+  // The high bytes of fp16 are e5m2; e4m3's value is that of the same bits moved into a float32, times 2**120.
+  __device__ static __forceinline__ float value(uint32_t code) {
+    if constexpr (Mantissa == 2) return __half2float(__ushort_as_half(code << 8));
+    const float magnitude = __fmul_rn(as_float((code & 0x7F) << 20), 0x1p120f);
+    return as_float(bits_of((code & 0x7F) == 0x7F ? as_float(0x7FC00000u) : magnitude) | (code & 0x80) << 24);
+  }
+
+  __device__ static __forceinline__ void values(Packed codes, float (&v)[8]) {
+    const uint32_t word[2] = {codes.low, codes.high};
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const uint32_t pair = word[j / 2] >> (16 * (j % 2)) & 0xFFFF;
+#if __CUDA_ARCH__ >= 890
+      uint32_t halves;
+      if constexpr (Mantissa == 3)
+        asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(static_cast<uint16_t>(pair)));
+      else
+        halves = __byte_perm(pair, 0, 0x1404);
+      v[2 * j] = __half2float(__ushort_as_half(halves & 0xFFFF));
+      v[2 * j + 1] = __half2float(__ushort_as_half(halves >> 16));
+#else
+      v[2 * j] = value(pair & 0xFF);
+      v[2 * j + 1] = value(pair >> 8);
+#endif
+    }
+  }
+};
+
+using E4M3 = Fp8<3>;
+using E5M2 = Fp8<2>;
+
+struct E2M1 {
+  static constexpr int BITS = 4;
+  static constexpr bool FLOAT = true;
+  static constexpr float MAX_CODE = 6.0f, VALUE_SCALE = 0x1p14f;
+  using Float = SmallFloat<2, 1>;
+
+  __device__ static __forceinline__ uint32_t with_sign(uint32_t magnitude, float t) {
+    return min(magnitude, 7u) | (bits_of(t) >> 28 & 8);
+  }
+
+  __device__ static __forceinline__ Packed nearest(const float (&t)[8]) {
+    uint32_t codes = 0;
+#pragma unroll
+    for (int j = 7; j >= 0; --j) codes = (codes << 4) + with_sign(Float::nearest(t[j]), t[j]);
+    return {codes, 0};
+  }
+
+  __device__ static __forceinline__ Packed stochastic(const float (&t)[8], const Draw& draw) {
+    uint32_t codes = 0;
+#pragma unroll
+    for (int j = 7; j >= 0; --j) codes = (codes << 4) + with_sign(Float::stochastic(t[j], draw.offset(j)), t[j]);
+    return {codes, 0};
+  }
+
+  // Moved into fp16's sign and exponent, subnormals included, e2m1 is 2**-14 times its value.
+  __device__ static __forceinline__ void values(Packed codes, float (&v)[8]) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const uint32_t nibbles = codes.low >> (4 * j);  // elements j and j + 4 in the low bits of its halves
+      const uint32_t halves = (nibbles << 9 & 0x0E000E00u) | (nibbles << 12 & 0x80008000u);
+      v[j] = __half2float(__ushort_as_half(halves & 0xFFFF));
+      v[j + 4] = __half2float(__ushort_as_half(halves >> 16));
+    }
+  }
+};
+
+}  // namespace commq::cuda

@@ -1,0 +1,117 @@
+// decode_sum_encode: the messages about one chunk are read once, summed in registers and encoded again.
+#pragma once
+
+#include "families.cuh"
+#include "source.cuh"
+
+namespace commq::cuda {
+
+// Messages whose loads are under way at the same time: 16 to 64 bytes a thread. Eight were no faster.
+template <class Codec>
+constexpr int MESSAGES = std::is_same_v<Codec, Raw> ? 1 : 4;
+
+// IEEE division; by a power of two it is an exact multiplication.
+__device__ __forceinline__ void divide(float (&x)[V], float divisor) {
+  if (divisor == 1.0f) return;
+  const uint32_t bits = bits_of(divisor);
+  const uint32_t exponent = bits >> 23 & 0xFF;
+  if ((bits & 0x7FFFFFu) == 0 && exponent >= 1 && exponent <= 253) {
+    const float factor = __fdiv_rn(1.0f, divisor);
+#pragma unroll
+    for (int j = 0; j < V; ++j) x[j] = __fmul_rn(x[j], factor);
+  } else {
+#pragma unroll
+    for (int j = 0; j < V; ++j) x[j] = __fdiv_rn(x[j], divisor);
+  }
+}
+
+// x += `Count` messages, from `row` on, all of whose loads come first.
+template <class Codec, int Count>
+__device__ __forceinline__ void add_messages(const Layout& layout, const uint8_t* row, int64_t i, bool aligned,
+                                             float (&x)[V]) {
+  Source<Codec> sources[Count];
+#pragma unroll
+  for (int k = 0; k < Count; ++k) sources[k].load(row + k * layout.row_stride, layout, i, aligned);
+#pragma unroll
+  for (int k = 0; k < Count; ++k) {
+    float message[V];
+    sources[k].decode(layout, message);
+#pragma unroll
+    for (int j = 0; j < V; ++j) x[j] = __fadd_rn(x[j], message[j]);
+  }
+}
+
+// x = the sum over messages, in order. It starts at -0, to which adding changes no number, not even -0.
+template <class Codec>
+__device__ __forceinline__ void sum_messages(const DecodeSumEncodeArgs& args, int64_t i, bool aligned, float (&x)[V]) {
+  const Layout& layout = args.layout;
+#pragma unroll
+  for (int j = 0; j < V; ++j) x[j] = -0.0f;
+  int64_t k = 0;
+  if (aligned)  // a branch of its own, so that no load waits for the other way of loading
+    for (; k + MESSAGES<Codec> <= layout.rows; k += MESSAGES<Codec>)
+      add_messages<Codec, MESSAGES<Codec>>(layout, args.wire + k * layout.row_stride, i, true, x);
+  for (; k < layout.rows; ++k) add_messages<Codec, 1>(layout, args.wire + k * layout.row_stride, i, aligned, x);
+}
+
+// Encode x as the answer; `sent` is what it decodes to, if there is a residual to keep.
+template <class Codec>
+__device__ __forceinline__ void encode_answer(const DecodeSumEncodeArgs& args, const Target& to, const float (&x)[V],
+                                              BlockMeetings& meetings, float (&sent)[V]) {
+  const Layout& layout = args.answer_layout;
+  const Sent answer = encode_block<Codec>(x, layout, args.random, args.blocks, to, meetings);
+  if (args.residual != nullptr) decode_block<Codec>(answer.codes, answer.scale, layout.scale, sent);
+}
+
+template <class Codec>
+__global__ void __launch_bounds__(THREADS, std::is_same_v<Codec, Raw> ? 2 : 3)
+    decode_sum_encode_kernel(const __grid_constant__ DecodeSumEncodeArgs args, int64_t, bool aligned) {
+  __shared__ BlockMeetings meetings;
+  const Layout& answer = args.answer_layout;
+  const int64_t i = thread_element();
+  const bool inside = i < answer.chunk_numel;
+  const Place at = place_in_row(answer.chunk_numel, i, aligned);
+  float x[V] = {}, sent[V];
+  if (inside) {
+    sum_messages<Codec>(args, i, aligned, x);
+    divide(x, args.divisor);
+  }
+  if (args.residual != nullptr) {
+    load(args.residual, Dtype::f32, at, sent);  // the old residual, for now
+#pragma unroll
+    for (int j = 0; j < V; ++j) x[j] = __fadd_rn(x[j], sent[j]);
+  }
+  if (!is_raw(answer.format)) zero_padding(args.answer, answer, code_bits(answer.format));
+  const Target to{args.answer, i, args.chunk * answer.chunk_numel + i, i, inside, aligned};
+  switch (answer.format) {
+    case FormatId::int8: encode_answer<Int8>(args, to, x, meetings, sent); break;
+    case FormatId::int4: encode_answer<Int4>(args, to, x, meetings, sent); break;
+    case FormatId::int2: encode_answer<Int2>(args, to, x, meetings, sent); break;
+    case FormatId::sign: encode_answer<Sign>(args, to, x, meetings, sent); break;
+    case FormatId::e4m3:
+    case FormatId::mxfp8: encode_answer<E4M3>(args, to, x, meetings, sent); break;
+    case FormatId::e5m2: encode_answer<E5M2>(args, to, x, meetings, sent); break;
+    case FormatId::mxfp4:
+    case FormatId::nvfp4: encode_answer<E2M1>(args, to, x, meetings, sent); break;
+    default:  // raw; its random numbers count the elements of the chunk
+#pragma unroll
+      for (int j = 0; j < V; ++j) sent[j] = x[j];
+      round_raw(sent, answer.format, args.random, i);
+      store_raw(args.answer, answer.format, i, at.valid, aligned, sent);
+  }
+  if (args.residual == nullptr) return;
+  uint32_t dropped = 0;
+#pragma unroll
+  for (int j = 0; j < V; ++j) {
+    if (!finite(sent[j])) dropped |= 1u << j;
+    x[j] = fminf(fmaxf(__fadd_rn(x[j], -sent[j]), -FLT_MAX), FLT_MAX);
+  }
+  store(args.residual, Dtype::f32, at, x, dropped);
+}
+
+template <class Codec>
+void launch_decode_sum_encode(const DecodeSumEncodeArgs& args, const Launch& launch) {
+  launch(decode_sum_encode_kernel<Codec>, args);
+}
+
+}  // namespace commq::cuda

@@ -1,0 +1,98 @@
+// encode_bucket: x and the residual are read once, stay in registers, and become codes, scales and the new residual.
+#pragma once
+
+#include "families.cuh"
+#include "feedback.cuh"
+#include "raw.cuh"
+
+namespace commq::cuda {
+
+struct EncodeMeetings {
+  BlockMeetings block;
+  FeedbackMeetings feedback;
+};
+
+// CTAs that an SM should hold at least; more registers would leave too few loads under way.
+constexpr int encode_ctas(bool residual, bool rotated) {
+  return !residual && !rotated ? 5 : residual && rotated ? 2 : 4;
+}
+
+template <class Codec, bool Residual, bool Rotated>
+__global__ void __launch_bounds__(THREADS, encode_ctas(Residual, Rotated))
+    encode_bucket_kernel(const __grid_constant__ EncodeArgs args, int64_t first_row, bool aligned) {
+  __shared__ EncodeMeetings meetings;
+  [[maybe_unused]] __shared__ Exchange exchange;
+  const Layout& layout = args.layout;
+  const int64_t i = thread_element(), row_number = first_row + blockIdx.y;
+  const Place at = place(layout, row_number, i, aligned);
+  uint8_t* row = args.wire + row_number * layout.row_stride;
+  const Target to{row, i, at.n, at.n, i < layout.chunk_numel, aligned};
+
+  float h[V], e[V], y[V];
+  float old_scale = 0.0f;
+  load(args.x, args.x_dtype, at, h);
+  if constexpr (Residual) {
+    old_scale = residual_scale(args, at);
+    load_residual(args, at, old_scale, e);
+  }
+  zero_padding(row, layout, Codec::BITS);
+  if (args.prescale != 1.0f) {
+#pragma unroll
+    for (int j = 0; j < V; ++j) h[j] = __fmul_rn(h[j], args.prescale);
+  }
+  if constexpr (Residual) {
+#pragma unroll
+    for (int j = 0; j < V; ++j) h[j] = __fadd_rn(h[j], e[j]);
+  }
+#pragma unroll
+  for (int j = 0; j < V; ++j) y[j] = h[j];
+  if constexpr (Rotated) rotate(y, args.rotation, args.signs, i, exchange);
+  const Sent sent = encode_block<Codec>(y, layout, args.random, args.blocks, to, meetings.block);
+
+  if constexpr (Residual) {
+    decode_block<Codec>(sent.codes, sent.scale, layout.scale, y);
+    if constexpr (Rotated) unrotate(y, args.rotation, args.signs, i, exchange);
+    uint32_t dropped = 0;
+#pragma unroll
+    for (int j = 0; j < V; ++j) {
+      if (!finite(y[j])) dropped |= 1u << j;
+      h[j] = __fmul_rn(__fadd_rn(h[j], -y[j]), args.gain);
+    }
+    if (args.decay != 0.0f) {
+      load_residual(args, at, old_scale, e);  // again, rather than keep it in registers all the time
+#pragma unroll
+      for (int j = 0; j < V; ++j) h[j] = __fadd_rn(__fmul_rn(e[j], args.decay), h[j]);
+    }
+    store_residual<Rotated>(args, at, h, dropped, meetings.feedback);
+  }
+}
+
+// Raw formats have neither residual nor rotation.
+static __global__ void __launch_bounds__(THREADS)
+    encode_raw_kernel(const __grid_constant__ EncodeArgs args, int64_t first_row, bool aligned) {
+  const Layout& layout = args.layout;
+  const int64_t i = thread_element(), row_number = first_row + blockIdx.y;
+  const Place at = place(layout, row_number, i, aligned && layout.chunk_numel % 8 == 0);
+  float x[V];
+  load(args.x, args.x_dtype, at, x);
+#pragma unroll
+  for (int j = 0; j < V; ++j) x[j] = __fmul_rn(x[j], args.prescale);
+  round_raw(x, layout.format, args.random, at.n);
+  const int count = place_in_row(layout.chunk_numel, i, aligned).valid;
+  store_raw(args.wire + row_number * layout.row_stride, layout.format, i, count, aligned, x);
+}
+
+template <class Codec>
+void launch_encode_bucket(const EncodeArgs& args, const Launch& launch) {
+  if constexpr (std::is_same_v<Codec, Raw>) {
+    launch(encode_raw_kernel, args);
+  } else {
+    const bool residual = args.residual_kind != ResidualId::none, rotated = args.rotation != 0;
+    launch(residual ? rotated ? encode_bucket_kernel<Codec, true, true> : encode_bucket_kernel<Codec, true, false>
+           : rotated ? encode_bucket_kernel<Codec, false, true>
+                     : encode_bucket_kernel<Codec, false, false>,
+           args);
+  }
+}
+
+}  // namespace commq::cuda
