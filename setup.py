@@ -33,6 +33,7 @@ setup(
             "pytest-xdist",
             "ruff==0.17.*",
             'pyroute2; sys_platform == "linux"',
+            'triton>=3.6; sys_platform == "linux" and platform_machine == "x86_64"',
         ],
     },
 )
