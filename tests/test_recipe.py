@@ -8,7 +8,7 @@ import commq
 
 
 def test_names():
-    assert commq.recipes() == ["fp32", "bf16", "fp8", "int8", "int4", "onebit"]
+    assert commq.recipes() == ["fp32", "bf16", "fp8", "int8", "int4", "int2", "onebit"]
     for name in commq.recipes():
         assert commq.recipe(name).name == name
 
@@ -20,6 +20,13 @@ def test_overrides():
     assert r.unit == r.answer_format.block == 64
     assert commq.recipe("int4", block=64, answer="bf16").answer_format == commq.get_format("bf16")
     assert commq.recipe("int4") == commq.recipe("int4")
+
+
+def test_what_a_log_shows():
+    assert (
+        str(commq.recipe("int4")) == "int4: int4/128:fp32 -> int4/128:fp32, nearest rounding, averaged feedback in fp32"
+    )
+    assert str(commq.recipe("onebit", seed=3)).endswith("int2/256:bf16, nearest rounding, rotation 32, no feedback")
 
 
 def test_frozen_and_complete_repr():

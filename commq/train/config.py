@@ -99,7 +99,7 @@ class Config:
     """
 
     recipe: str = "int4"
-    """How gradients travel: fp32, bf16, fp8, int8, int4 or onebit."""
+    """How gradients travel: fp32, bf16, fp8, int8, int4, int2 or onebit."""
     steps: int = 300
     """Optimizer steps in the whole run."""
     seed: int = 0
