@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
@@ -39,6 +40,10 @@ def implementation(backend: str, device: torch.device) -> ModuleType:
     if backend == "triton" or (backend == "auto" and device.type == "cuda" and has_triton):
         if not has_triton:
             raise RuntimeError("backend='triton': triton is not installed; pip install triton")
+        if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+            raise RuntimeError(
+                f"backend='triton': the tensor is on {device.type}, expected a GPU (or TRITON_INTERPRET=1)"
+            )
         return importlib.import_module("commq.codecs.triton_kernels")
     return reference
 

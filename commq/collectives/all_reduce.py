@@ -140,11 +140,12 @@ class Work:
         if tensor.is_cuda:
             side = torch.cuda.Stream(tensor.device)
             side.wait_stream(torch.cuda.current_stream(tensor.device))
+            for used in (tensor, exchange.pieces[0].x_N):  # its memory waits for the side stream, too
+                used.record_stream(side)
             with torch.cuda.stream(side):
                 exchange.run()
                 self._finish()
                 self._event = side.record_event()
-            tensor.record_stream(side)
         else:
             self._first_hop = exchange.send(async_op=True)
 
