@@ -56,6 +56,13 @@ class Recipe:
     """Seed of stochastic rounding and random signs (32 bits, the same on all ranks)."""
 
     def __post_init__(self) -> None:
+        expected = {"format": Format, "rotation": Rotation, "answer": Format, "feedback": Feedback, "exempt": Exempt}
+        for name, kind in expected.items():
+            value = getattr(self, name)
+            if not isinstance(value, kind) and not (value is None and name in ("rotation", "answer")):
+                raise ValueError(f"{name}={value!r}: expected a commq.{kind.__name__}")
+        if not isinstance(self.seed, int):
+            raise ValueError(f"seed={self.seed!r}: expected a whole number")
         coding = Coding(rounding=self.rounding, rotation=self.rotation)
         for fmt in (self.format, self.answer_format):
             check_coding(fmt, coding)

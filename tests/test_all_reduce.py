@@ -154,6 +154,7 @@ def test_async_op():
     [
         (lambda t: commq.all_reduce(t, dist.ReduceOp.MAX, format="int8"), ValueError, "expected ReduceOp.SUM"),
         (lambda t: commq.all_reduce(t.to(torch.int32), format="int8"), TypeError, "expected float32, bfloat16"),
+        (lambda t: commq.all_reduce(t[:1].expand(8), format="int8"), ValueError, "share memory"),
         (lambda t: commq.all_reduce(t, format="int3"), ValueError, "'int3' is unknown"),
         (lambda t: commq.all_reduce(t, format="fp32", rounding="stochastic"), ValueError, "fp32 loses nothing"),
     ],

@@ -213,6 +213,84 @@ def test_resume_is_bit_exact(tmp_path):
     assert handle.stats().sent_bytes == resumed.stats().sent_bytes
 
 
+class Odd(nn.Module):
+    """No parameter is a whole number of blocks."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(37, 101), nn.GELU(), nn.Linear(101, 77), nn.GELU(), nn.Linear(77, 65))
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+@process_ranks(2)
+@pytest.mark.parametrize("storage", ["fp32", "int8"])
+def test_resume_is_bit_exact_where_padding_is_sent_too(storage):
+    """Signs and rotated runs send something for padding: its residual must not survive in one run only."""
+
+    def start():
+        torch.manual_seed(0)
+        ddp = DistributedDataParallel(Odd())
+        feedback = commq.Feedback(rule="classic", storage=storage)
+        handle = commq.register(ddp, commq.recipe("onebit", feedback=feedback))
+        return ddp, handle, torch.optim.SGD(ddp.parameters(), lr=0.1)
+
+    ddp, handle, optimizer = start()
+    for step in range(3):
+        backward(ddp, step)
+        optimizer.step()
+    again, resumed, fresh = start()
+    again.module.load_state_dict(ddp.module.state_dict())
+    resumed.load_state_dict(handle.state_dict())
+    for step in range(3, 6):
+        for model, opt in ((ddp, optimizer), (again, fresh)):
+            backward(model, step)
+            opt.step()
+        assert torch.equal(grads(ddp), grads(again))
+
+
+@process_ranks(2)
+def test_exempt_float16_gradients_stay_float16():
+    ddp = DistributedDataParallel(nn.Linear(16, 16, dtype=torch.float16))
+    commq.register(ddp, "int4")
+    ddp(torch.full((1, 16), 65504.0, dtype=torch.float16)).sum().backward()
+    assert bool((ddp.module.weight.grad == 65504.0).all())
+
+
+@process_ranks(2)
+def test_what_cannot_be_encoded_is_an_error():
+    for dtype, says in ((torch.complex64, "sparse or complex"), (torch.float64, "gradients are torch.float64")):
+        ddp = DistributedDataParallel(nn.Linear(64, 64, dtype=dtype))
+        commq.register(ddp, "int4")
+        with pytest.raises(TypeError, match=says):
+            ddp(torch.randn(4, 64).to(dtype)).abs().mean().backward()
+
+
+@process_ranks(2)
+def test_state_of_another_model_is_refused():
+    ddp, handle = make("int4")
+    backward(ddp, 0)
+    other = commq.register(DistributedDataParallel(Odd()), "int4")
+    with pytest.raises(ValueError, match=r"residual of 'first.weight' has 4810 elements, the module's has 0"):
+        other.load_state_dict(handle.state_dict())
+    with pytest.raises(ValueError, match="saved with"):
+        make("int8")[1].load_state_dict(handle.state_dict())
+
+
+def register_unknown_recipe():
+    try:
+        commq.register(DistributedDataParallel(Net()), ["int4", "int5"][dist.get_rank()])
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
+def test_an_unknown_recipe_on_one_rank_fails_on_every_rank():
+    first, second = run_processes(register_unknown_recipe, 2)
+    assert first == second and "recipe 'int5' is unknown" in first
+
+
 def register_own_recipe():
     torch.manual_seed(0)
     ddp = DistributedDataParallel(Net())

@@ -47,6 +47,8 @@ class Bucket:
     exempt_index: Tensor | None
     """int64: places of exempt elements in DDP's buffer."""
     residual: Stored | None
+    residual_padding: Tensor | None
+    """int64: places of the residual that belong to no parameter and could take a value; they are kept at zero."""
     blocks: Blocks | None
     answer_blocks: Blocks | None
 
@@ -80,7 +82,9 @@ def make_bucket(
     device, unit = buffer.device, recipe.unit
     coded = [m for m in members if not m.exempt]
     exempt = [m for m in members if m.exempt]
-    in_place = all(m.offset % unit == 0 for m in coded)
+    # A rotation and sign codes send something for padding, too. Its residual must not depend on the bucket.
+    leaks = recipe.feedback.rule != "none" and (recipe.rotation is not None or recipe.format.kind == "sign")
+    in_place = all(m.offset % unit == 0 and not (leaks and m.numel % unit) for m in coded)
     segments, end = [], 0
     for m in coded:
         segments.append(Segment(m.name, m.offset if in_place else end, m.numel))
@@ -93,11 +97,12 @@ def make_bucket(
         parts.append((sum(m.numel for m in exempt), raw, raw, 1))
         index = torch.cat([torch.arange(m.offset, m.offset + m.numel, device=device) for m in exempt])
     plan = make_plan(parts, world_size=world_size, dtype=buffer.dtype)
-    stored = tables = answer_tables = None
+    stored = padding = tables = answer_tables = None
     if coded and plan.parts[0].layout.format.kind != "raw":
         part = plan.parts[0]
         if recipe.feedback.rule != "none":
             stored = residual.bind(segments, coded_numel, device)
+            padding = _find_padding(segments, coded_numel, device) if leaks else None
         if recipe.rounding == "stochastic" or "sign" in (part.layout.format.kind, part.answer.format.kind):
             first_units = [m.first_unit for m in coded]
             tables = _number_blocks(segments, first_units, part.layout, unit, device)
@@ -109,9 +114,18 @@ def make_bucket(
         in_place=in_place,
         exempt_index=index,
         residual=stored,
+        residual_padding=padding,
         blocks=tables,
         answer_blocks=answer_tables,
     )
+
+
+def _find_padding(segments: list[Segment], numel: int, device: torch.device) -> Tensor | None:
+    """Places in [0, numel) that belong to no segment; None if there are none."""
+    free = torch.ones(numel, dtype=torch.bool)
+    for s in segments:
+        free[s.offset : s.offset + s.numel] = False
+    return free.nonzero().flatten().to(device) if bool(free.any()) else None
 
 
 def _number_blocks(

@@ -46,11 +46,10 @@ class HookState:
         grad_scaler: torch.amp.GradScaler | None = None,
         backend: str = "auto",
     ) -> None:
-        self.recipe = get_recipe(recipe) if isinstance(recipe, str) else recipe
         if module is not None and group is None:
             group = module.process_group
         self.transport = C10d(group)
-        check_equal("the recipe", repr(self.recipe), group)
+        self.recipe = _resolve(recipe, group)
         self.grad_scaler = grad_scaler
         self.backend = backend
         self.residual = Residual(self.recipe.feedback, self.recipe.format.block)
@@ -59,11 +58,13 @@ class HookState:
         self._clock = _Clock()
         self._members: dict[int, tuple[str, int]] = {}
         self._next_unit = 0
+        self._numels: dict[str, int] = {}
         self._buckets: dict[int, tuple[tuple[int, ...], Bucket]] = {}
         self._side: torch.cuda.Stream | None = None
         if module is not None:
             for name, parameter in module.module.named_parameters():
                 self._member(parameter, name)
+                self._numels[name] = parameter.numel()
 
     def set_loss_scale(self, loss_scale: float) -> None:
         """Tell the residuals that the loss, and so the gradients, are multiplied by `loss_scale` from now on."""
@@ -90,7 +91,16 @@ class HookState:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore `state_dict()`, to the bit. At another world size, `commq.fold` the residuals first."""
+        """Restore `state_dict()`, to the bit. At another world size, `commq.fold` the residuals first.
+
+        Raises ValueError if the state is of another recipe or, where the parameters are known, another model.
+        """
+        for name, values in state["residual"]["values"].items() if self._numels else ():
+            if self._numels.get(name) != values.numel():
+                raise ValueError(
+                    f"rank {self.transport.rank}: the state's residual of {name!r} has {values.numel()} elements, "
+                    f"the module's has {self._numels.get(name, 0)}; load the state of this model"
+                )
         self.residual.load_state_dict(state["residual"])
         self.step, self._raw_bytes, self._sent_bytes = state["step"], state["raw_bytes"], state["sent_bytes"]
 
@@ -137,6 +147,8 @@ class HookState:
             pieces.append(Piece(exempt, exempt, Coding()))
         TwoShot(bucket.plan, pieces, self.transport, average=True, backend=self.backend).run()
         bucket.scatter(buffer, aligned, exempt)
+        if stored is not None and bucket.residual_padding is not None:
+            stored.values[bucket.residual_padding] = 0
 
     def _bucket(self, grads: GradBucket) -> Bucket:
         parameters = grads.parameters()
@@ -145,6 +157,11 @@ class HookState:
         if known is not None and known[0] == key:
             return known[1]
         buffer = grads.buffer()
+        if buffer.layout != torch.strided or any(p.is_complex() for p in parameters):
+            raise TypeError(
+                f"rank {self.transport.rank}: a bucket holds sparse or complex gradients, expected dense real ones; "
+                "use Embedding(sparse=False) and real parameters, or keep those parameters out of this DDP module"
+            )
         if buffer.dtype not in RAW:
             raise TypeError(
                 f"rank {self.transport.rank}: gradients are {buffer.dtype}, expected float32, bfloat16 or float16"
@@ -211,6 +228,22 @@ def register(
     handle = HookState(recipe, ddp, grad_scaler=grad_scaler, backend=backend)
     ddp.register_comm_hook(handle, comm_hook)
     return handle
+
+
+def _resolve(recipe: object, group: dist.ProcessGroup | None) -> Recipe:
+    """The recipe that all ranks of `group` agree on; the same error on every rank if they do not."""
+    failure: Exception | None = None
+    try:
+        resolved = get_recipe(recipe) if isinstance(recipe, str) else recipe
+        if not isinstance(resolved, Recipe):
+            raise TypeError(f"recipe is a {type(recipe).__name__}, expected a commq.Recipe or the name of one")
+    except (TypeError, ValueError) as error:
+        failure = error
+    check_equal("the recipe", str(failure) if failure else repr(resolved), group)
+    if failure:
+        raise failure
+    assert isinstance(resolved, Recipe)
+    return resolved
 
 
 class _Clock:

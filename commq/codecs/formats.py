@@ -49,9 +49,11 @@ class Format:
     def __post_init__(self) -> None:
         if self.kind == "raw":
             return
-        if not (MIN_BLOCK <= self.block <= MAX_BLOCK and self.block & (self.block - 1) == 0):
+        if not (
+            isinstance(self.block, int) and MIN_BLOCK <= self.block <= MAX_BLOCK and self.block & (self.block - 1) == 0
+        ):
             raise ValueError(
-                f"block={self.block} for format {self.name!r}: expected a power of two from {MIN_BLOCK} to "
+                f"block={self.block!r} for format {self.name!r}: expected a power of two from {MIN_BLOCK} to "
                 f"{MAX_BLOCK}, such as 64, 128 or 256"
             )
         allowed = SCALES[self.name]
@@ -149,5 +151,5 @@ def get_format(name: str, *, block: int | None = None, scale: ScaleKind | None =
             raise ValueError(f"format {name!r} is raw: it has no blocks and no scales; drop block= and scale=")
         return fmt
     block = fmt.block if block is None else block
-    group = max(fmt.group, block) if fmt.group else 0
-    return replace(fmt, block=block, scale=fmt.scale if scale is None else scale, group=group)
+    scaled = replace(fmt, block=block, scale=fmt.scale if scale is None else scale)
+    return replace(scaled, group=max(fmt.group, block)) if fmt.group else scaled

@@ -195,6 +195,8 @@ def all_reduce(
         raise ValueError(f"all_reduce: op {op}, expected ReduceOp.SUM or ReduceOp.AVG")
     if tensor.dtype not in RAW:
         raise TypeError(f"all_reduce: dtype {tensor.dtype}, expected float32, bfloat16 or float16")
+    if any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)):
+        raise ValueError("all_reduce: several elements of the tensor share memory (expand); pass tensor.contiguous()")
     fmt = get_format(format) if isinstance(format, str) else format
     second = get_format(answer) if isinstance(answer, str) else answer or fmt
     coding = Coding(

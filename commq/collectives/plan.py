@@ -61,7 +61,7 @@ def raw_bytes(numel: int, world_size: int) -> int:
 def make_plan(parts: list[tuple[int, Format, Format, int]], *, world_size: int, dtype: torch.dtype) -> Plan:
     """Plan a message of parts (numel, format, answer format, alignment) of tensors of `dtype`.
 
-    A part whose two hops would take more bytes than the plain elements goes raw.
+    A part whose two hops would take no fewer bytes than the plain elements goes raw, in the tensors' own dtype.
     """
     raw = get_format(RAW[dtype])
     planned: list[Part] = []
@@ -70,7 +70,7 @@ def make_plan(parts: list[tuple[int, Format, Format, int]], *, world_size: int, 
         unit = max(fmt.unit, answer_fmt.unit, align)
         layout, answer = Layout(fmt, numel, world_size, unit), Layout(answer_fmt, numel, world_size, unit)
         plain = Layout(raw, numel, world_size)
-        if layout.chunk_bytes + answer.chunk_bytes > 2 * plain.chunk_bytes:
+        if layout.chunk_bytes + answer.chunk_bytes >= 2 * plain.chunk_bytes:
             layout = answer = plain
         planned.append(Part(layout, answer, row, answer_row))
         row = _ceil16(row + layout.chunk_bytes)

@@ -67,9 +67,15 @@ class Residual:
         for segment in segments:
             view = self._view(buffer, segment)
             if segment.name in self._by_name:
+                self._check_length(segment.name, segment.numel)
                 view.copy_(self._by_name[segment.name])
             self._by_name[segment.name] = view
         return buffer
+
+    def _check_length(self, name: str, numel: int) -> None:
+        found = self._by_name[name].values.numel()
+        if found != numel:
+            raise ValueError(f"residual of {name!r} has {found} elements in the checkpoint, the parameter has {numel}")
 
     def _view(self, buffer: Stored, segment: Segment) -> Stored:
         first = segment.offset // self.block
@@ -108,6 +114,7 @@ class Residual:
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain data; this rank's only. `load_state_dict` restores it to the bit."""
         return {
+            "rule": self.feedback.rule,
             "storage": self.feedback.storage,
             "block": self.block,
             "loss_scale": self.loss_scale,
@@ -118,12 +125,13 @@ class Residual:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over saved residuals; parameters not bound yet get theirs when they are.
 
-        Raises ValueError if the storage, the block or a parameter's length differs.
+        Raises ValueError if the rule, the storage, the block or a parameter's length differs.
         """
-        found, expected = (state["storage"], state["block"]), (self.feedback.storage, self.block)
+        found = state["rule"], state["storage"], state["block"]
+        expected = self.feedback.rule, self.feedback.storage, self.block
         if found != expected:
             raise ValueError(
-                f"residuals were saved with (storage, block)={found}, this recipe has {expected}; "
+                f"residuals were saved with (rule, storage, block)={found}, this recipe has {expected}; "
                 "resume with the recipe they were saved with, or leave the residuals out to start from zero"
             )
         for name, values in state["values"].items():

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import time
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -94,6 +95,8 @@ class Run:
     def _find_checkpoint(self) -> Path | None:
         """Where to continue; makes the out folder."""
         self._out.mkdir(parents=True, exist_ok=True)
+        if not os.access(self._out, os.W_OK):
+            raise ValueError(f"{self._out} is not writable; choose another --out")
         if self.config.output.resume:
             return latest_checkpoint(self._out / "checkpoints")
         if (self._out / "config.json").exists():
