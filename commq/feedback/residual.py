@@ -67,15 +67,10 @@ class Residual:
         for segment in segments:
             view = self._view(buffer, segment)
             if segment.name in self._by_name:
-                self._check_length(segment.name, segment.numel)
+                _check_length(segment.name, self._by_name[segment.name].values.numel(), segment.numel)
                 view.copy_(self._by_name[segment.name])
             self._by_name[segment.name] = view
         return buffer
-
-    def _check_length(self, name: str, numel: int) -> None:
-        found = self._by_name[name].values.numel()
-        if found != numel:
-            raise ValueError(f"residual of {name!r} has {found} elements in the checkpoint, the parameter has {numel}")
 
     def _view(self, buffer: Stored, segment: Segment) -> Stored:
         first = segment.offset // self.block
@@ -135,15 +130,15 @@ class Residual:
                 "resume with the recipe they were saved with, or leave the residuals out to start from zero"
             )
         for name, values in state["values"].items():
-            known = self._by_name.get(name)
-            if known is not None and known.values.shape != values.shape:
-                raise ValueError(
-                    f"residual of {name!r} has {values.numel()} elements in the checkpoint, "
-                    f"the parameter has {known.values.numel()}"
-                )
-            scales = state["scales"].get(name)
+            known, scales = self._by_name.get(name), state["scales"].get(name)
             if known is None:
                 self._by_name[name] = Stored(values.clone(), None if scales is None else scales.clone())
             else:
+                _check_length(name, values.numel(), known.values.numel())
                 known.copy_(Stored(values, scales))
         self.loss_scale = float(state["loss_scale"])
+
+
+def _check_length(name: str, saved: int, numel: int) -> None:
+    if saved != numel:
+        raise ValueError(f"residual of {name!r} has {saved} elements in the checkpoint, the parameter has {numel}")
