@@ -77,7 +77,7 @@ __global__ void __launch_bounds__(THREADS, std::is_same_v<Codec, Raw> ? 2 : 3)
     divide(x, args.divisor);
   }
   if (args.residual != nullptr) {
-    load(args.residual, Dtype::f32, at, sent);  // the old residual, kept where nothing finite was sent
+    load(args.residual, Dtype::f32, at, sent);  // the old residual; overwritten by what is sent
 #pragma unroll
     for (int j = 0; j < V; ++j) x[j] = __fadd_rn(x[j], sent[j]);
   }

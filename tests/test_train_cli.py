@@ -1,5 +1,6 @@
 """`python -m commq.train` as a user runs it: processes that are interrupted, killed, or do not agree."""
 
+import contextlib
 import dataclasses
 import os
 import signal
@@ -17,13 +18,20 @@ TINY = ["--layers", "1", "--dim", "32", "--heads", "2", "--context", "16", "--ba
 LIMIT = 120  # seconds until a process that should have ended counts as hanging
 
 
+def free_port() -> int:
+    """A free port below those that the system gives to other sockets, which could take it before rank 0 does."""
+    for port in range(20_000 + os.getpid() % 5_000, 32_000):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise OSError("no free port")
+
+
 class Ranks:
     """The processes of one job, started as torchrun starts them."""
 
     def __init__(self, *options_of_ranks: list[str]) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = str(probe.getsockname()[1])
+        port = str(free_port())
         world_size = str(len(options_of_ranks))
         job = {
             "WORLD_SIZE": world_size,
