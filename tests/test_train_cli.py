@@ -1,16 +1,15 @@
 """`python -m commq.train` as a user runs it: processes that are interrupted, killed, or do not agree."""
 
-import contextlib
 import dataclasses
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 from commq.train.metrics import read_rows
 
@@ -18,26 +17,19 @@ TINY = ["--layers", "1", "--dim", "32", "--heads", "2", "--context", "16", "--ba
 LIMIT = 120  # seconds until a process that should have ended counts as hanging
 
 
-def free_port() -> int:
-    """A free port below those that the system gives to other sockets, which could take it before rank 0 does."""
-    for port in range(20_000 + os.getpid() % 5_000, 32_000):
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
-    raise OSError("no free port")
-
-
 class Ranks:
     """The processes of one job, started as torchrun starts them."""
 
     def __init__(self, *options_of_ranks: list[str]) -> None:
-        port = str(free_port())
+        # As torchrun does, keep the store here: a port looked up for rank 0 could be given to another job meanwhile.
+        self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         world_size = str(len(options_of_ranks))
         job = {
             "WORLD_SIZE": world_size,
             "LOCAL_WORLD_SIZE": world_size,
             "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": port,
+            "MASTER_PORT": str(self.store.port),
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
         }
         self.processes = [
             subprocess.Popen(
