@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from commq.codecs.formats import FORMATS, get_format
-from commq.collectives.plan import RAW, make_plan, raw_bytes
+from commq.collectives.plan import RAW, Source, make_plan, make_plans, raw_bytes
 
 LENGTHS = [1, 15, 16, 17, 127, 128, 129, 4096, 100_003]
 RANKS = range(1, 18)
@@ -12,7 +12,11 @@ RANKS = range(1, 18)
 
 def plan_of(name, numel, world_size, dtype=torch.float32, parts=1):
     fmt = get_format(name)
-    return make_plan([(numel, fmt, fmt, 1)] * parts, world_size=world_size, dtype=dtype)
+    return make_plan((Source(numel, dtype, fmt, fmt),) * parts, world_size=world_size)
+
+
+def source(numel, name, answer=None, **options):
+    return Source(numel, torch.float32, get_format(name), get_format(answer or name), **options)
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -46,11 +50,7 @@ def test_bytes_of_the_default_formats():
 
 def test_parts_do_not_overlap_and_are_aligned():
     for world_size in RANKS:
-        plan = make_plan(
-            [(1000, get_format("int4"), get_format("int8"), 1), (77, get_format("bf16"), get_format("bf16"), 1)],
-            world_size=world_size,
-            dtype=torch.float32,
-        )
+        plan = make_plan((source(1000, "int4", "int8"), source(77, "bf16", "bf16")), world_size=world_size)
         first, second = plan.parts
         assert second.offset >= first.offset + first.layout.chunk_bytes
         assert second.answer_offset >= first.answer_offset + first.answer.chunk_bytes
@@ -59,9 +59,44 @@ def test_parts_do_not_overlap_and_are_aligned():
 
 
 def test_both_hops_have_the_same_chunks():
-    plan = make_plan(
-        [(100_000, get_format("int4", block=32), get_format("nvfp4"), 1024)], world_size=3, dtype=torch.float32
-    )
+    coded = Source(100_000, torch.float32, get_format("int4", block=32), get_format("nvfp4"), 1024)
+    plan = make_plan((coded,), world_size=3)
     part = plan.parts[0]
     assert part.layout.chunk_numel == part.answer.chunk_numel
     assert part.layout.chunk_numel % 1024 == 0
+
+
+@pytest.mark.parametrize("world_size", RANKS)
+def test_pieces_cover_every_source_once_in_order(world_size):
+    lists = [[100_003], [1, 5000, 17, 0, 300_000, 128], [64] * 200, [1_000_000, 3]]
+    for numels in lists:
+        for piece_bytes in (1 << 10, 1 << 16, 1 << 20):
+            sources = tuple(source(numel, "int4", "int8") for numel in numels)
+            plans = make_plans(sources, world_size=world_size, piece_bytes=piece_bytes)
+            reached = [0] * len(numels)
+            for plan in plans:
+                assert plan.parts
+                for part in plan.parts:
+                    assert part.start == reached[part.source] and part.numel > 0
+                    reached[part.source] += part.numel
+                    unit = 128 * world_size
+                    assert part.start % unit == 0, "a piece that is not the last of its source is padded"
+                nbytes = sum(4 * part.numel for part in plan.parts)
+                assert nbytes <= max(piece_bytes * 5 / 4, 4 * 128 * world_size)
+            assert reached == numels
+
+
+def test_pieces_send_no_more_than_one_piece_does():
+    for numel in (100_003, 1 << 20):
+        for world_size in RANKS:
+            whole = make_plan((source(numel, "int4"),), world_size=world_size)
+            plans = make_plans((source(numel, "int4"),), world_size=world_size, piece_bytes=1 << 16)
+            assert len(plans) > 1
+            # 16 bytes at most where a section of each piece's row ends.
+            slack = 2 * 2 * 16 * (world_size - 1) * len(plans)
+            assert sum(plan.sent_bytes for plan in plans) <= whole.sent_bytes + slack
+
+
+def test_a_source_whose_random_bits_are_counted_from_its_start_is_not_cut():
+    plans = make_plans((source(1_000_000, "bf16", whole=True),), world_size=2, piece_bytes=1 << 10)
+    assert len(plans) == 1 and plans[0].parts[0].numel == 1_000_000

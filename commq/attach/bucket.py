@@ -17,7 +17,7 @@ from torch import Tensor
 
 from commq.codecs.reference import Blocks
 from commq.codecs.wire import Layout
-from commq.collectives.plan import Plan, make_plan
+from commq.collectives.plan import Plan, Source, make_plan
 from commq.feedback.residual import Residual, Segment, Stored
 from commq.recipe import Recipe
 
@@ -90,13 +90,13 @@ def make_bucket(
         segments.append(Segment(m.name, m.offset if in_place else end, m.numel))
         end += -(-m.numel // unit) * unit
     coded_numel = buffer.numel() if in_place else end
-    parts = [(coded_numel, recipe.format, recipe.answer_format, unit)] if coded else []
+    sources = [Source(coded_numel, buffer.dtype, recipe.format, recipe.answer_format, unit)] if coded else []
     index = None
     if exempt:
         raw = recipe.exempt.format
-        parts.append((sum(m.numel for m in exempt), raw, raw, 1))
+        sources.append(Source(sum(m.numel for m in exempt), buffer.dtype, raw, raw))
         index = torch.cat([torch.arange(m.offset, m.offset + m.numel, device=device) for m in exempt])
-    plan = make_plan(parts, world_size=world_size, dtype=buffer.dtype)
+    plan = make_plan(tuple(sources), world_size=world_size)
     stored = padding = tables = answer_tables = None
     if coded and plan.parts[0].layout.format.kind != "raw":
         part = plan.parts[0]

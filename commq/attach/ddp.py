@@ -21,9 +21,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from commq.attach.bucket import Bucket, Member, make_bucket
 from commq.codecs.reference import Coding
-from commq.collectives.all_reduce import Piece, TwoShot
+from commq.collectives.message import Operand, make_messages
 from commq.collectives.plan import RAW, raw_bytes
+from commq.collectives.schedule import Exchange
 from commq.collectives.transport import C10d, check_equal
+from commq.collectives.two_shot import two_shot
 from commq.feedback.residual import Residual
 from commq.recipe import Recipe
 from commq.recipe import recipe as get_recipe
@@ -129,10 +131,10 @@ class HookState:
         recipe, stored = self.recipe, bucket.residual
         coding = Coding(rounding=recipe.rounding, rotation=recipe.rotation, seed=recipe.seed, step=self.step)
         aligned, exempt = bucket.gather(buffer)
-        pieces = []
+        operands = []
         if aligned is not None:
-            pieces.append(
-                Piece(
+            operands.append(
+                Operand(
                     aligned,
                     aligned,
                     coding,
@@ -144,8 +146,9 @@ class HookState:
                 )
             )
         if exempt is not None:
-            pieces.append(Piece(exempt, exempt, Coding()))
-        TwoShot(bucket.plan, pieces, self.transport, average=True, backend=self.backend).run()
+            operands.append(Operand(exempt, exempt, Coding()))
+        messages = make_messages([bucket.plan], operands, self.transport, average=True, backend=self.backend)
+        Exchange(two_shot(message) for message in messages).finish()
         bucket.scatter(buffer, aligned, exempt)
         if stored is not None and bucket.residual_padding is not None:
             stored.values[bucket.residual_padding] = 0

@@ -1,14 +1,16 @@
 """Plans: integers that say which bytes go where. No tensors, no processes.
 
-A message is made of parts, each a flat tensor with its own formats: the compressed gradient of a bucket, its exempt
-elements. Every rank owns one chunk of every part. A row of the first hop holds, for one owner, its chunk of each part,
-one after the other; a row of the second hop holds the owner's answers in the same order.
+What is exchanged is one or several flat tensors (`Source`), each with its own formats: the compressed gradient of a
+bucket, its exempt elements, the tensors of a list. A long message is cut into pieces, so that one is encoded while
+another travels. A piece is made of parts: each a run of one source. Every rank owns one chunk of every part. A row of
+the first hop holds, for one owner, its chunk of each part, one after the other; a row of the second hop holds the
+owner's answers in the same order.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 
@@ -20,19 +22,62 @@ RAW = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 @dataclass(frozen=True)
-class Part:
-    """One flat tensor in a message: its chunk in a row of either hop."""
+class Source:
+    """A flat tensor of a message: its length and dtype, and the formats that it travels in."""
 
+    numel: int
+    dtype: torch.dtype
+    format: Format
+    answer: Format
+    align: int = 1
+    """A power of two that chunks are a multiple of besides the formats' units: the length of a rotation."""
+    inside: Format | None = None
+    """Format between ranks of one host, for schedules that treat them apart; None: as `format`."""
+    whole: bool = False
+    """It may not be cut: random bits of raw formats are counted from the start of a part."""
+
+    @property
+    def unit(self) -> int:
+        inside = self.inside or self.format
+        return max(self.format.unit, self.answer.unit, inside.unit, self.align)
+
+    def layouts(self, numel: int, chunks: int) -> tuple[Layout, Layout, Layout]:
+        """Layouts of both hops, and of the one inside a host, for a run of `numel` elements.
+
+        Where the two hops would take no fewer bytes than the plain elements, all are raw, in the tensor's own dtype.
+        """
+        plain = Layout(get_format(RAW[self.dtype]), numel, chunks)
+        layout, answer, inside = (
+            Layout(fmt, numel, chunks, self.unit) for fmt in (self.format, self.answer, self.inside or self.format)
+        )
+        if layout.chunk_bytes + answer.chunk_bytes >= 2 * plain.chunk_bytes:
+            return plain, plain, plain
+        return layout, answer, inside
+
+
+@dataclass(frozen=True)
+class Part:
+    """A run of one source in a piece: its chunk in a row of either hop."""
+
+    source: int
+    """Number of the source."""
+    start: int
+    """First element of the run; it has layout.numel elements."""
     layout: Layout
     answer: Layout
+    inside: Layout
     offset: int
     """First byte in a row of the first hop; `answer_offset` in the second. Multiples of 16."""
     answer_offset: int
 
+    @property
+    def numel(self) -> int:
+        return self.layout.numel
+
 
 @dataclass(frozen=True)
 class Plan:
-    """The two hops of one message among `world_size` ranks."""
+    """The two hops of one piece among `world_size` ranks."""
 
     world_size: int
     parts: tuple[Part, ...]
@@ -49,7 +94,7 @@ class Plan:
 
     @property
     def sent_bytes(self) -> int:
-        """Bytes each rank sends (and receives): all rows but its own, twice."""
+        """Bytes each rank sends (and receives) in two shots: all rows but its own, twice."""
         return (self.world_size - 1) * (self.row_bytes + self.answer_bytes)
 
 
@@ -58,31 +103,59 @@ def raw_bytes(numel: int, world_size: int) -> int:
     return 2 * (world_size - 1) * 4 * -(-numel // world_size)
 
 
-def make_plan(parts: list[tuple[int, Format, Format, int]], *, world_size: int, dtype: torch.dtype) -> Plan:
-    """Plan a message of parts (numel, format, answer format, alignment) of tensors of `dtype`.
+def make_plan(sources: tuple[Source, ...], *, world_size: int) -> Plan:
+    """Plan a message that travels in one piece."""
+    return _plan_piece(sources, [(i, 0, source.numel) for i, source in enumerate(sources)], world_size)
 
-    A part whose two hops would take no fewer bytes than the plain elements goes raw, in the tensors' own dtype.
+
+@lru_cache(maxsize=1024)
+def make_plans(sources: tuple[Source, ...], *, world_size: int, piece_bytes: int) -> tuple[Plan, ...]:
+    """Plan a message that travels in pieces of about `piece_bytes` of its tensors' own elements.
+
+    Cuts lie where blocks and chunks end, so a piece has no padding but the last of each source.
     """
-    raw = get_format(RAW[dtype])
-    planned: list[Part] = []
+    plans: list[Plan] = []
+    runs: list[tuple[int, int, int]] = []
+    room = piece_bytes
+    for i, source in enumerate(sources):
+        itemsize, step = source.dtype.itemsize, source.unit * world_size
+        start = 0
+        while start < source.numel:
+            numel = left = source.numel - start
+            # The rest joins this piece if it nearly fits: a short piece costs a message of its own.
+            if not source.whole and 4 * left * itemsize > 5 * room:
+                steps = max(room // itemsize // step, 0 if runs else 1)
+                numel = min(steps * step, left)
+            if numel:
+                runs.append((i, start, numel))
+                room -= numel * itemsize
+                start += numel
+            if start < source.numel:
+                plans.append(_plan_piece(sources, runs, world_size))
+                runs, room = [], piece_bytes
+    if runs or not plans:
+        plans.append(_plan_piece(sources, runs, world_size))
+    return tuple(plans)
+
+
+def _plan_piece(sources: tuple[Source, ...], runs: list[tuple[int, int, int]], world_size: int) -> Plan:
+    parts: list[Part] = []
     row = answer_row = 0
-    for numel, fmt, answer_fmt, align in parts:
-        unit = max(fmt.unit, answer_fmt.unit, align)
-        layout, answer = Layout(fmt, numel, world_size, unit), Layout(answer_fmt, numel, world_size, unit)
-        plain = Layout(raw, numel, world_size)
-        if layout.chunk_bytes + answer.chunk_bytes >= 2 * plain.chunk_bytes:
-            layout = answer = plain
-        planned.append(Part(layout, answer, row, answer_row))
-        row = _ceil16(row + layout.chunk_bytes)
-        answer_row = _ceil16(answer_row + answer.chunk_bytes)
-    return Plan(world_size, tuple(planned))
+    for i, start, numel in runs:
+        layout, answer, inside = sources[i].layouts(numel, world_size)
+        parts.append(Part(i, start, layout, answer, inside, row, answer_row))
+        row = ceil16(row + layout.chunk_bytes)
+        answer_row = ceil16(answer_row + answer.chunk_bytes)
+    return Plan(world_size, tuple(parts))
 
 
 def _row(chunks: list[tuple[int, Layout]]) -> int:
     """A lone chunk is as long as it is; rows of several are multiples of 16, so that every chunk is aligned."""
+    if not chunks:
+        return 0
     offset, layout = chunks[-1]
-    return offset + layout.chunk_bytes if len(chunks) == 1 else _ceil16(offset + layout.chunk_bytes)
+    return offset + layout.chunk_bytes if len(chunks) == 1 else ceil16(offset + layout.chunk_bytes)
 
 
-def _ceil16(nbytes: int) -> int:
+def ceil16(nbytes: int) -> int:
     return -(-nbytes // 16) * 16

@@ -1,36 +1,144 @@
-"""Transport: the two moves of rows of bytes that schedules are made of, over torch.distributed."""
+"""Transports: the moves of bytes that schedules are made of. They know no formats.
+
+Every move is asynchronous: it returns a `Move`, and the buffers are not touched until its `wait()` has returned.
+On CUDA `wait` only orders the current stream after the move; the host goes on. All ranks of a group make the same
+moves in the same order.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any, Protocol
+
 import torch.distributed as dist
 from torch import Tensor
+
+from commq.collectives.lost import name_lost_ranks
+from commq.collectives.memory import Memory, memory_of
 
 # torch 2.13 renamed all_gather_into_tensor.
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
+class Move(Protocol):
+    """Bytes under way."""
+
+    def wait(self) -> object:
+        """Return when they have arrived (CUDA: when the current stream has been told to wait for them)."""
+
+
+class Transport(Protocol):
+    """What a schedule needs to know about a group, and the moves within it. Ranks are those of the group."""
+
+    rank: int
+    world_size: int
+    memory: Memory
+
+    def all_to_all(self, send_WS: Tensor, recv_WS: Tensor) -> Move:
+        """Row w of `send` goes to rank w; row w of `recv` comes from rank w. uint8, contiguous, (W, S)."""
+
+    def all_to_all_v(self, send: Tensor, recv: Tensor, send_splits: Sequence[int], recv_splits: Sequence[int]) -> Move:
+        """The same with rows of different lengths, in bytes. uint8, 1-D; lengths of zero cost nothing."""
+
+    def all_gather(self, row_S: Tensor, out_WS: Tensor) -> Move:
+        """Row w of `out` comes from rank w. uint8, contiguous, (S,) and (W, S)."""
+
+    def all_reduce(self, tensor: Tensor, op: dist.ReduceOp.RedOpType) -> Move:
+        """The library's own all-reduce, in place: SUM of floats or int32, MAX of int32."""
+
+    def broadcast(self, buffer: Tensor, src: int) -> Move:
+        """Copy rank `src`'s buffer to all ranks. uint8, 1-D."""
+
+    def send(self, buffer: Tensor, dst: int) -> Move:
+        """Send a buffer to rank `dst`, which receives it. uint8, 1-D."""
+
+    def recv(self, buffer: Tensor, src: int) -> Move:
+        """Receive a buffer from rank `src`. uint8, 1-D."""
+
+    def share(self, value: Any) -> list[Any]:
+        """The value of every rank, in rank order. Blocks: for what a group agrees on once."""
+
+
 class C10d:
-    """Rows over a process group (NCCL, gloo). On CUDA the moves are ordered on the current stream."""
+    """Moves over a process group of torch.distributed (NCCL, gloo)."""
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        group = group if group is not None else dist.group.WORLD
+        if group is None:
+            raise RuntimeError("torch.distributed has no process group; call dist.init_process_group first")
         self.group = group
-        self.rank = dist.get_rank(group)
-        self.world_size = dist.get_world_size(group)
+        self.rank = dist.get_rank(self.group)
         if self.rank < 0:
             raise ValueError(f"rank {dist.get_rank()} is not a member of the group it was given")
+        self.world_size = dist.get_world_size(self.group)
+        self.memory = memory_of(self.group)
         # gloo's all-gather is seven times slower than its all-to-all of the same bytes.
-        self._gather_by_all_to_all = dist.get_backend(group) == "gloo"
+        self._gather_by_all_to_all = dist.get_backend(self.group) == "gloo"
 
-    def all_to_all(self, send_WS: Tensor, recv_WS: Tensor, *, async_op: bool = False) -> dist.Work | None:
-        """Row w of `send` goes to rank w; row w of `recv` comes from rank w. uint8, contiguous, (W, S)."""
-        return dist.all_to_all_single(recv_WS, send_WS, group=self.group, async_op=async_op)
+    def all_to_all(self, send_WS: Tensor, recv_WS: Tensor) -> Move:
+        return self._start("all_to_all", dist.all_to_all_single, recv_WS, send_WS)
 
-    def all_gather(self, row_S: Tensor, out_WS: Tensor) -> None:
-        """Row w of `out` comes from rank w. uint8, contiguous, (S,) and (W, S)."""
-        if self._gather_by_all_to_all:
-            self.all_to_all(row_S.expand(self.world_size, -1).contiguous(), out_WS)
-        else:
-            _all_gather_single(out_WS.view(-1), row_S, group=self.group)
+    def all_to_all_v(self, send: Tensor, recv: Tensor, send_splits: Sequence[int], recv_splits: Sequence[int]) -> Move:
+        return self._start("all_to_all", dist.all_to_all_single, recv, send, list(recv_splits), list(send_splits))
+
+    def all_gather(self, row_S: Tensor, out_WS: Tensor) -> Move:
+        if not self._gather_by_all_to_all:
+            return self._start("all_gather", _all_gather_single, out_WS.view(-1), row_S)
+        copies_WS = self.memory.take(self.world_size, row_S.numel(), row_S.device)
+        copies_WS.copy_(row_S.expand_as(copies_WS))
+        move = self._start("all_gather", dist.all_to_all_single, out_WS, copies_WS)
+        move.lent = copies_WS
+        return move
+
+    def all_reduce(self, tensor: Tensor, op: dist.ReduceOp.RedOpType) -> Move:
+        return self._start("all_reduce", dist.all_reduce, tensor, op)
+
+    def broadcast(self, buffer: Tensor, src: int) -> Move:
+        return self._start("broadcast", dist.broadcast, buffer, group_src=src)
+
+    def send(self, buffer: Tensor, dst: int) -> Move:
+        return self._start("send", _isend, buffer, group_dst=dst)
+
+    def recv(self, buffer: Tensor, src: int) -> Move:
+        return self._start("recv", _irecv, buffer, group_src=src)
+
+    def share(self, value: Any) -> list[Any]:
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def _start(self, operation: str, function: Any, *args: Any, **options: Any) -> _Started:
+        try:
+            return _Started(self, operation, function(*args, group=self.group, async_op=True, **options))
+        except RuntimeError as error:
+            raise name_lost_ranks(self.group, operation, error) from error
+
+
+class _Started:
+    """A move of `C10d`."""
+
+    def __init__(self, transport: C10d, operation: str, work: dist.Work | None) -> None:
+        self.lent: Tensor | None = None
+        self._transport, self._operation, self._work = transport, operation, work
+
+    def wait(self) -> None:
+        if self._work is not None:
+            try:
+                self._work.wait()
+            except RuntimeError as error:
+                raise name_lost_ranks(self._transport.group, self._operation, error) from error
+        self._work = None
+        if self.lent is not None:
+            self._transport.memory.give(self.lent)
+            self.lent = None
+
+
+def _isend(buffer: Tensor, *, group_dst: int, group: dist.ProcessGroup, async_op: bool) -> dist.Work | None:
+    return dist.isend(buffer, group=group, group_dst=group_dst)
+
+
+def _irecv(buffer: Tensor, *, group_src: int, group: dist.ProcessGroup, async_op: bool) -> dist.Work | None:
+    return dist.irecv(buffer, group=group, group_src=group_src)
 
 
 def check_equal(what: str, value: str, group: dist.ProcessGroup | None) -> None:

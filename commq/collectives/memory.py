@@ -1,0 +1,60 @@
+"""What a group remembers between exchanges: its buffers and its side stream. It goes when the group goes."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+KEPT = 24
+"""Free buffers kept on the CPU: those of a few pieces under way, of a few lengths."""
+
+
+class Memory:
+    """Buffers for bytes on their way, and facts that the ranks of a group found out once and agree on.
+
+    On the CPU, free buffers are kept: fresh memory costs a page fault for every 4 KiB. On CUDA torch's allocator
+    keeps them, per stream.
+    """
+
+    def __init__(self) -> None:
+        self.facts: dict[Hashable, Any] = {}
+        self._free: list[Tensor] = []
+        self._side: dict[torch.device, torch.cuda.Stream] = {}
+
+    def take(self, rows: int, nbytes: int, device: torch.device) -> Tensor:
+        """uint8 (rows, nbytes), contiguous, with arbitrary contents. Give it back after the exchange."""
+        need = rows * nbytes
+        if device.type == "cpu":
+            for i, buffer in enumerate(self._free):
+                if need <= buffer.numel() <= need + need // 4 + 4096:
+                    return self._free.pop(i)[:need].view(rows, nbytes)
+        return torch.empty(need, dtype=torch.uint8, device=device).view(rows, nbytes)
+
+    def give(self, *buffers: Tensor) -> None:
+        """Take buffers back: nothing may read or write them any more."""
+        for buffer in buffers:
+            if buffer.device.type == "cpu" and buffer.numel():
+                whole = torch.empty(0, dtype=torch.uint8).set_(buffer.untyped_storage())
+                self._free.append(whole)
+        del self._free[: max(0, len(self._free) - KEPT)]
+
+    def side_stream(self, device: torch.device) -> torch.cuda.Stream:
+        """The stream that asynchronous exchanges of this group run on."""
+        if device not in self._side:
+            self._side[device] = torch.cuda.Stream(device)
+        return self._side[device]
+
+
+_memories: WeakKeyDictionary[Any, Memory] = WeakKeyDictionary()
+
+
+def memory_of(group: object) -> Memory:
+    """The memory of a process group or communicator."""
+    memory = _memories.get(group)
+    if memory is None:
+        memory = _memories[group] = Memory()
+    return memory

@@ -1,0 +1,162 @@
+"""Messages: the tensors that an exchange works on, beside the integers of their plan."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from commq.codecs.ops import implementation
+from commq.codecs.reference import Blocks, Coding
+from commq.codecs.wire import Layout
+from commq.collectives.plan import Part, Plan
+from commq.collectives.transport import Transport
+
+ANSWER_STREAM = 1
+"""Philox stream of the second hop: each element has one owner, and its bits must not depend on which rank that is."""
+
+
+def send_stream(rank: int) -> int:
+    """Philox stream of a rank's first hop: errors of different ranks must not be the same."""
+    return rank << 1
+
+
+@dataclass(frozen=True)
+class Operand:
+    """One source as tensors."""
+
+    x_N: Tensor
+    """What is sent: float32, bfloat16 or float16, contiguous, 1-D."""
+    out_N: Tensor
+    """Where the result goes; may be x_N itself."""
+    coding: Coding
+    blocks: Blocks | None = None
+    """Numbering of the first hop's blocks; None: 0, 1, 2, ..."""
+    answer_blocks: Blocks | None = None
+    residual_N: Tensor | None = None
+    """Feedback of the first hop, with one scale a block if it is int8."""
+    residual_scales_G: Tensor | None = None
+    decay: float = 0.0
+    answer_residual: Tensor | None = None
+    """Feedback of the second hop (classic): float32, `answer_residual_numel` elements, the own chunk of each piece."""
+
+
+@dataclass(frozen=True)
+class PartOperand:
+    """The run of an operand that a part covers."""
+
+    part: Part
+    x: Tensor
+    out: Tensor
+    coding: Coding
+    blocks: Blocks | None
+    answer_blocks: Blocks | None
+    residual: Tensor | None
+    residual_scales: Tensor | None
+    decay: float
+    answer_residual_C: Tensor | None
+
+    def sent(self, rows_KS: Tensor) -> Tensor:
+        """The part's bytes in rows of the first hop."""
+        return rows_KS[:, self.part.offset : self.part.offset + self.part.layout.chunk_bytes]
+
+    def answered(self, rows_KS: Tensor) -> Tensor:
+        """The part's bytes in rows of the second hop."""
+        return rows_KS[:, self.part.answer_offset : self.part.answer_offset + self.part.answer.chunk_bytes]
+
+
+def make_messages(
+    plans: Sequence[Plan],
+    operands: Sequence[Operand],
+    transport: Transport,
+    *,
+    average: bool,
+    backend: str = "auto",
+) -> Iterator[Message]:
+    """The pieces of a message, in order."""
+    codec = implementation(backend, operands[0].x_N.device)
+    divisor = float(transport.world_size) if average else 1.0
+    starts = [0] * len(operands)
+    for plan in plans:
+        yield Message(plan, operands, transport, codec, divisor, tuple(starts))
+        for part in plan.parts:
+            starts[part.source] += part.answer.chunk_numel
+
+
+@dataclass(frozen=True)
+class Message:
+    """One piece: its plan, its operands, and what moves and encodes it."""
+
+    plan: Plan
+    operands: Sequence[Operand]
+    transport: Transport
+    codec: ModuleType
+    divisor: float
+    """What sums are divided by: the world size for an average, else 1."""
+    answer_residual_start: tuple[int, ...] = ()
+    """Where this piece's chunk begins in each operand's answer_residual."""
+
+    @property
+    def device(self) -> torch.device:
+        return self.operands[0].x_N.device
+
+    @cached_property
+    def parts(self) -> list[PartOperand]:
+        return [self._part_operand(part) for part in self.plan.parts]
+
+    def take(self, rows: int, nbytes: int) -> Tensor:
+        """A buffer of (rows, nbytes); zeros where parts leave gaps, so that what is sent is never stale memory."""
+        buffer = self.transport.memory.take(rows, nbytes, self.device)
+        return buffer if len(self.plan.parts) == 1 else buffer.zero_()
+
+    def give(self, *buffers: Tensor) -> None:
+        self.transport.memory.give(*buffers)
+
+    def _part_operand(self, part: Part) -> PartOperand:
+        operand, here = self.operands[part.source], slice(part.start, part.start + part.numel)
+        x, out = operand.x_N[here], operand.out_N[here]
+        if part.layout.format.kind == "raw":
+            # Nothing to rotate, and nothing is lost that is worth feeding back.
+            coding = replace(operand.coding, rotation=None)
+            return PartOperand(part, x, out, coding, None, None, None, None, 0.0, None)
+        scales = operand.residual_scales_G
+        if scales is not None:
+            scales = scales[_blocks_of(part, part.layout)]
+        answer_residual = operand.answer_residual
+        if answer_residual is not None:
+            start = self.answer_residual_start[part.source]
+            answer_residual = answer_residual[start : start + part.answer.chunk_numel]
+        return PartOperand(
+            part,
+            x,
+            out,
+            operand.coding,
+            self._blocks(operand, operand.blocks, part, part.layout),
+            self._blocks(operand, operand.answer_blocks, part, part.answer),
+            None if operand.residual_N is None else operand.residual_N[here],
+            scales,
+            operand.decay,
+            answer_residual,
+        )
+
+    def _blocks(self, operand: Operand, blocks: Blocks | None, part: Part, layout: Layout) -> Blocks | None:
+        """The numbering of a run's blocks. The counter of random bits does not start anew with each piece."""
+        if part.numel == operand.x_N.numel():
+            return blocks
+        count, first = layout.chunks * layout.chunk_blocks, part.start // layout.format.block
+        if blocks is not None:
+            return Blocks(blocks.ids_G[first : first + count], blocks.valid_G[first : first + count])
+        if operand.coding.rounding == "nearest":
+            return None
+        ids = torch.arange(count, device=self.device)
+        valid = (layout.numel - ids * layout.format.block).clamp(0, layout.format.block).to(torch.int32)
+        return Blocks(ids + first, valid)
+
+
+def _blocks_of(part: Part, layout: Layout) -> slice:
+    first = part.start // layout.format.block
+    return slice(first, first + -(-part.numel // layout.format.block))
