@@ -22,16 +22,18 @@ setup(
     install_requires=["torch>=2.11"],
     extras_require={
         "train": TRAIN,
-        "mpi": ["mpi4py"],
+        "mpi": ["mpi4py>=4"],
         # ruff and mypy are pinned: a newer one finds new faults in unchanged code.
         "dev": [
             *TRAIN,
             "hypothesis",
+            "mpi4py>=4",
             "mypy==2.4.*",
             "pytest",
             "pytest-timeout",
             "pytest-xdist",
             "ruff==0.17.*",
+            'mpich; sys_platform == "linux"',
             'pyroute2; sys_platform == "linux"',
             'triton>=3.6; sys_platform == "linux" and platform_machine == "x86_64"',
         ],

@@ -15,7 +15,12 @@ from commq.build_info import build_info
 from commq.codecs.formats import Format, get_format
 from commq.codecs.ops import Encoded, decode, encode
 from commq.codecs.rotation import Rotation
+from commq.collectives.all_gather import all_gather
 from commq.collectives.all_reduce import all_reduce
+from commq.collectives.all_to_all import all_to_all
+from commq.collectives.broadcast import broadcast
+from commq.collectives.point_to_point import recv, send
+from commq.collectives.reduce_scatter import reduce_scatter
 from commq.feedback.rule import Feedback
 from commq.feedback.state import fold
 from commq.recipe import Exempt, Recipe, recipe, recipes
@@ -28,7 +33,10 @@ __all__ = [
     "HookState",
     "Recipe",
     "Rotation",
+    "all_gather",
     "all_reduce",
+    "all_to_all",
+    "broadcast",
     "build_info",
     "comm_hook",
     "decode",
@@ -37,6 +45,9 @@ __all__ = [
     "get_format",
     "recipe",
     "recipes",
+    "recv",
+    "reduce_scatter",
     "register",
+    "send",
 ]
 __version__ = "0.1.0"

@@ -39,8 +39,8 @@ void measure(const float* y, int block, int count, Scales& scales) {
   }
 }
 
-// Mean magnitude of each block over its valid elements, instead of the largest: sign with nearest rounding. Sums add
-// adjacent pairs first, level by level for the whole tile.
+// Mean magnitude of each block over its first `valid` elements, instead of the largest: sign with nearest rounding.
+// Sums add adjacent pairs first, level by level for the whole tile.
 void take_means(const float* y, const int32_t* valid, int block, int count, Scales& scales) {
   alignas(64) float whole[MAX_TILE], half[MAX_TILE / 2];
   for (int b = 0; b < count; ++b) {
@@ -48,6 +48,7 @@ void take_means(const float* y, const int32_t* valid, int block, int count, Scal
     const float up = amax >= LIFT ? 0x1p-16f : amax < 1 / LIFT ? LIFT : 1.0f;
     for (int i = b * block; i < (b + 1) * block; i += WIDTH)
       store(whole + i, as_floats(magnitude(load_floats(y + i)) & ~all(scales.marked[b])) * up);
+    for (int i = valid[b] > 0 ? valid[b] : 0; i < block; ++i) whole[b * block + i] = 0.0f;
   }
   const float* sums = whole;
   for (int width = 1, n = block * count; width < block; width *= 2, n /= 2) {

@@ -40,15 +40,16 @@ __device__ __forceinline__ void zero_padding(uint8_t* row, const Layout& layout,
   if (at < end) row[at] = 0;
 }
 
-// Mean |h| of a block of `valid` elements; never overflows, at most amax. h is finite.
-__device__ __forceinline__ float mean_magnitude(const float (&h)[V], float amax, int valid, int threads,
+// Mean |h| of the first `valid` elements of a block; never overflows, at most amax. h is finite and holds elements
+// first, first + 1, ... of the block.
+__device__ __forceinline__ float mean_magnitude(const float (&h)[V], float amax, int first, int valid, int threads,
                                                 Meeting& meeting) {
   const bool huge = amax >= LIFT;
   const float up = huge ? 0x1p-16f : lift(amax);
   const float down = huge ? 0x1p16f : amax < 1.0f / LIFT ? 1.0f / LIFT : 1.0f;
   float part[V];
 #pragma unroll
-  for (int j = 0; j < V; ++j) part[j] = fabsf(h[j]);
+  for (int j = 0; j < V; ++j) part[j] = first + j < valid ? fabsf(h[j]) : 0.0f;
   if (up != 1.0f) {  // rare
 #pragma unroll
     for (int j = 0; j < V; ++j) part[j] = __fmul_rn(part[j], up);
@@ -97,7 +98,8 @@ __device__ __forceinline__ BlockScale find_scale(const float (&h)[V], const Layo
   if constexpr (std::is_same_v<Codec, Sign>) {
     if (!random.stochastic) {
       const int valid = valid_elements(layout, blocks, to);
-      const float mean = mean_magnitude(h, magnitude, valid, threads, meetings.sum);
+      const int first = static_cast<int>(to.i) & (layout.block - 1);
+      const float mean = mean_magnitude(h, magnitude, first, valid, threads, meetings.sum);
       return plain_scale(layout.scale, marked ? 0.0f : mean, marked, true);
     }
   }

@@ -112,6 +112,7 @@ def run_threads(
     errors: dict[int, BaseException] = {}
     store = dist.HashStore()
     limit = timedelta(seconds=timeout)
+    ended = threading.Event()
 
     def rank_main(rank: int) -> None:
         try:
@@ -123,7 +124,8 @@ def run_threads(
                     dist.destroy_process_group()
         except BaseException as error:
             errors[rank] = error
-            _stop_collectives()
+            if not ended.is_set():  # a late rank must not stop those of the next test
+                _stop_collectives()
 
     threads = [threading.Thread(target=rank_main, args=(rank,), daemon=True) for rank in range(world_size)]
     excepthook = sys.excepthook  # init_process_group wraps it, once for each rank
@@ -140,6 +142,7 @@ def run_threads(
         _stop_collectives()
         for thread in threads:
             thread.join(1.0)
+        ended.set()
         threaded.ProcessLocalGroup.reset()
         threaded._uninstall_threaded_pg()
         torch._C._distributed_c10d._set_thread_isolation_mode(False)

@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import commq
+from commq.collectives.arguments import PIECE_BYTES
 from commq.train.config import ModelConfig
 from commq.train.model import GPT
 from harness import process_ranks, run_processes
@@ -98,6 +99,23 @@ def test_aligned_buckets_are_encoded_in_place_to_the_same_bits():
     """128-wide layers need no copy; splitting them over buckets changes nothing either."""
     results = [train("int4", width=128, bucket_mb=mb)[0] for mb in (25.0, 0.01)]
     assert torch.equal(*results)
+
+
+@process_ranks(3)
+@pytest.mark.parametrize("width", [128, 130], ids=["in place", "copied"])
+def test_bits_do_not_depend_on_the_pieces(width, monkeypatch):
+    classic = commq.Feedback(rule="classic", storage="int8")
+    for recipe, overrides in (
+        ("int4", {"rounding": "stochastic"}),
+        ("int4", {"feedback": classic}),
+        ("onebit", {"feedback": "classic"}),
+    ):
+        chosen = commq.recipe(recipe, **overrides)
+        whole, _ = train(chosen, width=width)
+        monkeypatch.setitem(PIECE_BYTES, "cpu", 1 << 12)
+        pieces, _ = train(chosen, width=width)
+        monkeypatch.undo()
+        assert torch.equal(whole, pieces), (recipe, overrides)
 
 
 @process_ranks(2)

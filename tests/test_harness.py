@@ -200,10 +200,14 @@ def test_a_process_that_fails_shows_the_local_variables_of_the_test():
         run_processes(fail_on, 1, args=(0,))
 
 
+wake = threading.Event()
+
+
 def sleep_on(rank: int) -> None:
     if dist.get_rank() == rank:
-        time.sleep(20)
-    dist.barrier()
+        wake.wait(20)
+    else:
+        dist.barrier()
 
 
 @pytest.mark.parametrize(("run", "limit"), [(run_threads, 1), (run_processes, 5)])
@@ -212,6 +216,7 @@ def test_a_hanging_rank_fails_the_test_within_its_limit_and_shows_where_it_was(r
     with pytest.raises(RankError, match=r"rank 1: did not finish within \d s(.*\n)*.*sleep_on"):
         run(sleep_on, 2, args=(1,), timeout=limit)
     assert time.monotonic() - start < limit + 5
+    wake.set()
 
 
 def hang_in_collective() -> None:

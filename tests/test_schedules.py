@@ -1,16 +1,20 @@
 """Schedules: what is true of every way to travel, and what each adds."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.distributed as dist
 
 import commq
 from commq.codecs.bounds import error_bound
-from commq.codecs.formats import FORMATS
+from commq.codecs.formats import FORMATS, get_format
 from commq.collectives import all_reduce as api
 from commq.collectives.all_reduce import answer_residual_numel
+from commq.collectives.plan import Source, make_plans
 from harness import process_ranks, rank_generator, thread_ranks
 
+two_shot = partial(commq.all_reduce, schedule="two_shot")
 SUM, AVG = dist.ReduceOp.SUM, dist.ReduceOp.AVG
 
 
@@ -59,9 +63,9 @@ def test_one_shot_is_within_the_bound_of_one_encoding():
 def test_pieces_change_no_bit(options):
     x = torch.randn(70_001, generator=rank_generator(2))
     whole, cut = x.clone(), x.clone()
-    commq.all_reduce(whole, AVG, **options)
+    two_shot(whole, AVG, **options)
     with piece_bytes(1 << 14):
-        commq.all_reduce(cut, AVG, **options)
+        two_shot(cut, AVG, **options)
     assert torch.equal(whole, cut)
 
 
@@ -90,9 +94,9 @@ def test_a_list_has_the_bits_of_its_tensors_alone():
     xs = [torch.randn(n, generator=rank_generator(n)) for n in (5000, 1, 300, 70_001)]
     xs[1] = xs[1].to(torch.bfloat16)
     together, alone = [x.clone() for x in xs], [x.clone() for x in xs]
-    commq.all_reduce(together, AVG, format="int8")
+    two_shot(together, AVG, format="int8")
     for tensor in alone:
-        commq.all_reduce(tensor, AVG, format="int8")
+        two_shot(tensor, AVG, format="int8")
     assert all(torch.equal(a, b) for a, b in zip(together, alone, strict=True))
     commq.all_reduce([], format="int8")
 
@@ -109,13 +113,14 @@ def test_feedback_on_both_hops_loses_nothing():
         for _ in range(5):
             x = torch.randn(numel, generator=rank_generator(4))
             total_in += torch.stack(gather(x)).to(torch.float64).mean(dim=0)
-            commq.all_reduce(x, AVG, residual=own, answer_residual=answer, **options)
+            two_shot(x, AVG, residual=own, answer_residual=answer, **options)
             total_out += x
         lost = torch.stack(gather(own)).to(torch.float64).mean(dim=0)
         # The owner's part of each piece, in order of the pieces; padding at a piece's end belongs to nobody.
         rows, second = gather(answer), torch.zeros(numel, dtype=torch.float64)
         first = at = 0
-        for plan in api._plans([x], *api.resolve("sign", "sign", "nearest", None, 0, 0), world_size):
+        sources = (Source(numel, torch.float32, get_format("sign"), get_format("sign")),)
+        for plan in make_plans(sources, world_size=world_size, piece_bytes=1 << 13):
             (part,) = plan.parts
             chunk = part.answer.chunk_numel
             for owner, row in enumerate(rows):
@@ -132,7 +137,7 @@ def test_feedback_on_both_hops_loses_nothing():
 def test_async_in_pieces_of_lists_and_futures():
     api.PIECE_BYTES["cpu"] = 1 << 14
     xs = [torch.full((30_000,), float(dist.get_rank() + i)) for i in range(3)]
-    first = commq.all_reduce(xs[:2], AVG, format="int8", async_op=True)
+    first = two_shot(xs[:2], AVG, format="int8", async_op=True)
     second = commq.all_reduce(xs[2], AVG, format="int4", schedule="one_shot", async_op=True)
     assert not first.is_completed()
     assert [bool((x == i + 0.5).all()) for i, x in enumerate(first.get_future().wait())] == [True, True]
@@ -147,7 +152,11 @@ def test_async_in_pieces_of_lists_and_futures():
         (lambda t: commq.all_reduce(t, format="int8", group="world"), TypeError, "expected a ProcessGroup"),
         (lambda t: commq.all_reduce([t, t], format="int8", residual=t), ValueError, "not with a list"),
         (lambda t: commq.all_reduce(t, format="int8", residual=t[:2]), ValueError, "of the tensor's 4"),
-        (lambda t: commq.all_reduce(t, format="int8", residual=t, schedule="plain"), ValueError, "keeps no residual"),
+        (
+            lambda t: commq.all_reduce(t, format="int8", answer_residual=t, schedule="plain"),
+            ValueError,
+            "expected two_shot or two_hop, by name",
+        ),
     ],
 )
 def test_bad_arguments(call, error, says):

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from commq.codecs.reference import Blocks
 from commq.codecs.wire import Layout
-from commq.collectives.plan import Plan, Source, make_plan
+from commq.collectives.arguments import PIECE_BYTES
+from commq.collectives.plan import Plan, Source, make_plan, make_plans
 from commq.feedback.residual import Residual, Segment, Stored
 from commq.recipe import Recipe
 
@@ -38,7 +39,8 @@ class Member:
 class Bucket:
     """Everything about one bucket that does not change from step to step."""
 
-    plan: Plan
+    plans: tuple[Plan, ...]
+    """Of the pieces that it travels in."""
     coded: tuple[tuple[int, Segment], ...]
     """Parameters that are encoded: where each starts in DDP's buffer, and its aligned place."""
     coded_numel: int
@@ -97,6 +99,7 @@ def make_bucket(
         sources.append(Source(sum(m.numel for m in exempt), buffer.dtype, raw, raw))
         index = torch.cat([torch.arange(m.offset, m.offset + m.numel, device=device) for m in exempt])
     plan = make_plan(tuple(sources), world_size=world_size)
+    piece_bytes = PIECE_BYTES[device.type]
     stored = padding = tables = answer_tables = None
     if coded and plan.parts[0].layout.format.kind != "raw":
         part = plan.parts[0]
@@ -108,7 +111,7 @@ def make_bucket(
             tables = _number_blocks(segments, first_units, part.layout, unit, device)
             answer_tables = _number_blocks(segments, first_units, part.answer, unit, device)
     return Bucket(
-        plan=plan,
+        plans=make_plans(tuple(sources), world_size=world_size, piece_bytes=piece_bytes),
         coded=tuple(zip((m.offset for m in coded), segments, strict=True)),
         coded_numel=coded_numel,
         in_place=in_place,

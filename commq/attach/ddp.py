@@ -116,7 +116,7 @@ class HookState:
             with self._clock.running(buffer.device):
                 self._run(bucket, buffer)
             self._raw_bytes += raw_bytes(buffer.numel(), self.transport.world_size)
-            self._sent_bytes += bucket.plan.sent_bytes
+            self._sent_bytes += sum(plan.sent_bytes for plan in bucket.plans)
         if grads.is_last():
             self.step += 1
         return buffer
@@ -147,8 +147,8 @@ class HookState:
             )
         if exempt is not None:
             operands.append(Operand(exempt, exempt, Coding()))
-        messages = make_messages([bucket.plan], operands, self.transport, average=True, backend=self.backend)
-        Exchange(two_shot(message) for message in messages).finish()
+        messages = make_messages(bucket.plans, operands, self.transport, average=True, backend=self.backend)
+        Exchange(map(two_shot, messages)).finish()
         bucket.scatter(buffer, aligned, exempt)
         if stored is not None and bucket.residual_padding is not None:
             stored.values[bucket.residual_padding] = 0

@@ -48,10 +48,14 @@ def tree_sum(x_GB: Tensor) -> Tensor:
 
 
 def mean_magnitude(h_GB: Tensor, amax_G: Tensor, valid_G: Tensor) -> Tensor:
-    """Mean |h| of each block over its `valid_G` elements (the others are 0); never overflows, at most amax."""
+    """Mean |h| of each block over its first `valid_G` elements; never overflows, at most amax.
+
+    The others are padding, which is not zero where it was decoded (a sign is never zero) or rotated.
+    """
     up = torch.where(amax_G >= _LIFT, 2.0**-16, lift(amax_G))
     down = torch.where(amax_G >= _LIFT, 2.0**16, torch.where(amax_G < 1 / _LIFT, 1 / _LIFT, 1.0))
-    total = tree_sum(h_GB.abs() * up[:, None])
+    padding_GB = torch.arange(h_GB.shape[1], device=h_GB.device) >= valid_G[:, None]
+    total = tree_sum((h_GB.abs() * up[:, None]).masked_fill(padding_GB, 0.0))
     return torch.minimum(total / valid_G.clamp(min=1).to(torch.float32) * down, amax_G)
 
 

@@ -83,12 +83,13 @@ def inverse_of(s, up, MAX_CODE: tl.constexpr):
 
 @triton.jit
 def mean_bits(h_GB, amax_G, valid_G, G: tl.constexpr, B: tl.constexpr):
-    """Bits of the mean |h| over valid_G elements; never overflows, at most amax."""
+    """Bits of the mean |h| over the first valid_G elements; never overflows, at most amax."""
     huge_G = amax_G >= 18446744073709551616.0
     tiny_G = amax_G < 5.421010862427522e-20
     up_G = tl.where(huge_G, 0.0000152587890625, lift(amax_G))
     down_G = tl.where(huge_G, 65536.0, tl.where(tiny_G, 5.421010862427522e-20, 1.0))
-    total_G = tree_sum(tl.abs(h_GB) * up_G[:, None], G, B)
+    own_GB = tl.arange(0, B)[None, :] < valid_G[:, None]
+    total_G = tree_sum(tl.where(own_GB, tl.abs(h_GB) * up_G[:, None], 0.0), G, B)
     mean_G = tl.div_rn(total_G, tl.maximum(valid_G, 1).to(tl.float32)) * down_G
     return float_bits(tl.minimum(mean_G, amax_G))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -13,23 +13,15 @@ from commq.codecs.formats import Format, get_format
 from commq.codecs.ops import check_coding
 from commq.codecs.reference import Coding
 from commq.codecs.rotation import Rotation
+from commq.collectives.arguments import PIECE_BYTES, check_residual, check_tensor, resolve
 from commq.collectives.group import Group, transport_of
-from commq.collectives.message import Message, Operand, make_messages
-from commq.collectives.one_shot import one_shot
-from commq.collectives.plain import plain
-from commq.collectives.plan import RAW, Plan, Source, make_plans
-from commq.collectives.schedule import Schedule
-from commq.collectives.two_shot import two_shot
+from commq.collectives.hosts import find_hosts
+from commq.collectives.message import Operand, make_messages
+from commq.collectives.plan import Plan, Source, make_plans
+from commq.collectives.route import SCHEDULES, check_schedule, find_route
 from commq.collectives.work import Work, launch
 
-SCHEDULES: dict[str, Callable[[Message], Schedule]] = {
-    "two_shot": two_shot,
-    "one_shot": one_shot,
-    "plain": plain,
-}
-
-PIECE_BYTES = {"cpu": 4 << 20, "cuda": 32 << 20}
-"""Bytes of a tensor that travel as one piece: enough to fill a link, few enough that the first leave soon."""
+__all__ = ["SCHEDULES", "all_reduce", "answer_residual_numel"]
 
 
 def all_reduce(
@@ -39,7 +31,7 @@ def all_reduce(
     format: Format | str,
     answer: Format | str | None = None,
     inside: Format | str | None = None,
-    schedule: str = "two_shot",
+    schedule: str = "auto",
     group: Group | None = None,
     async_op: bool = False,
     rounding: Literal["nearest", "stochastic"] = "nearest",
@@ -53,8 +45,11 @@ def all_reduce(
     """Sum or average `tensor` over the ranks of `group`, in place, sending codes of `format`.
 
     tensor: float32, bfloat16 or float16, any shape, the same on every rank; or a list of such tensors, which travel
-    in one exchange. answer: format of the second hop, if it is another one. schedule: one of SCHEDULES.
-    inside: format between ranks of one host, for two_hop; by default int8 where `format` has fewer bits.
+    in one exchange. answer: format of the second hop, if it is another one.
+    schedule: one of SCHEDULES, or "auto": the one that should be the fastest by what this group's link and codecs were
+    measured to do, plain where compression would lose. Measurements differ from job to job and so may the choice,
+    which decides the bits: name a schedule to repeat a run.
+    inside: format between ranks of one host, in two_hop; by default int8 where `format` has fewer bits.
     step: a number that changes from call to call when rounding is stochastic.
     residual: error feedback of the first hop (classic), float32 or bfloat16, as many elements as the tensor; read and
     written in place. answer_residual: that of the second hop, float32, `answer_residual_numel(...)` elements.
@@ -62,30 +57,33 @@ def all_reduce(
     travels as it is. A NaN or an infinity on one rank arrives as NaN, with its whole block, on all ranks.
     Error: with b_w the `error_bound` of rank w's tensor and b the bound of the reduced one,
     |result - exact| <= sum_w b_w + b (AVG: mean_w b_w + b), plus fp32 rounding of the sum; one_shot has no b.
+    Of two_hop and ring: see there.
     Returns a Work if async_op, else None. Raises TypeError, ValueError before anything is sent.
     """
-    single = isinstance(tensor, Tensor)
     tensors = [tensor] if isinstance(tensor, Tensor) else list(tensor)
-    if op not in (dist.ReduceOp.SUM, dist.ReduceOp.AVG):
-        raise ValueError(f"all_reduce: op {op}, expected ReduceOp.SUM or ReduceOp.AVG")
-    for each in tensors:
-        check_tensor("all_reduce", each)
-    if len({each.device for each in tensors}) > 1:
-        raise ValueError(f"all_reduce: tensors on {sorted({str(t.device) for t in tensors})}, expected one device")
-    if schedule not in SCHEDULES:
-        raise ValueError(f"all_reduce: schedule {schedule!r} is unknown; expected one of {', '.join(SCHEDULES)}")
     fmt, second, coding = resolve(format, answer, rounding, rotation, seed, step)
-    if residual is not None or answer_residual is not None:
-        _check_residuals(single, tensors, residual, answer_residual, schedule)
     within = _inside(inside, fmt, schedule, coding)
+    check_schedule(schedule, fmt, residual=residual is not None, answer_residual=answer_residual is not None)
+    _check(tensor, tensors, op, residual, answer_residual)
     transport = transport_of(group)
     flats = [each.detach().contiguous().view(-1) for each in tensors]
-    used = [i for i, flat in enumerate(flats) if flat.numel()] if transport.world_size > 1 else []
-    operands = [Operand(flats[i], flats[i], coding, residual_N=residual, answer_residual=answer_residual) for i in used]
-    plans = _plans([flats[i] for i in used], fmt, second, coding, transport.world_size, inside=within) if used else ()
-    if answer_residual is not None and used:
-        _check_answer_residual(answer_residual, plans)
-    messages = make_messages(plans, operands, transport, average=op == dist.ReduceOp.AVG, backend=backend)
+    operands = [Operand(flat, flat, coding, residual_N=residual, answer_residual=answer_residual) for flat in flats]
+    operands = [operand for operand in operands if operand.x_N.numel()] if transport.world_size > 1 else []
+    if not operands:
+        return launch((), tensors, transport, async_op=async_op)
+    if schedule == "auto" and not find_hosts(transport).has_two_levels:
+        within = None
+    route = find_route(
+        schedule,
+        _sources([operand.x_N for operand in operands], fmt, second, coding, within),
+        coding,
+        transport,
+        device=flats[0].device,
+        backend=backend,
+    )
+    if answer_residual is not None:
+        _check_answer_residual(answer_residual, route.plans)
+    messages = make_messages(route.plans, operands, transport, average=op == dist.ReduceOp.AVG, backend=backend)
     copied = [(t.detach(), f) for t, f in zip(tensors, flats, strict=True) if t.data_ptr() != f.data_ptr()]
 
     def copy_back() -> None:
@@ -93,12 +91,12 @@ def all_reduce(
             target.copy_(flat.view(target.shape))
 
     return launch(
-        (SCHEDULES[schedule](message) for message in messages) if used else (),
+        map(route.build, messages),
         tensors,
         transport,
         async_op=async_op,
         touched=[*flats, *(r for r in (residual, answer_residual) if r is not None)],
-        finish=copy_back if copied and used else None,
+        finish=copy_back if copied else None,
     )
 
 
@@ -111,39 +109,23 @@ def answer_residual_numel(
     answer: Format | str | None = None,
     rotation: Rotation | int | None = None,
     device: str = "cpu",
+    inside: Format | str | None = None,
+    schedule: str = "two_shot",
 ) -> int:
-    """Elements of `answer_residual` for a tensor of `numel` elements: about numel / world_size, padding included."""
+    """Elements of `answer_residual` for a tensor of `numel` elements: about numel / world_size, padding included.
+
+    All arguments as for the all_reduce that it is meant for.
+    """
     fmt, second, coding = resolve(format, answer, "nearest", rotation, 0, 0)
-    plans = _plans([torch.empty(numel, dtype=dtype, device="meta")], fmt, second, coding, world_size, device=device)
-    return sum(part.answer.chunk_numel for plan in plans for part in plan.parts)
-
-
-def resolve(
-    format: Format | str,
-    answer: Format | str | None,
-    rounding: Literal["nearest", "stochastic"],
-    rotation: Rotation | int | None,
-    seed: int,
-    step: int,
-) -> tuple[Format, Format, Coding]:
-    """Formats of both hops and the coding that arguments name. ValueError if they do not go together."""
-    fmt = get_format(format) if isinstance(format, str) else format
-    second = get_format(answer) if isinstance(answer, str) else answer or fmt
-    coding = Coding(
-        rounding=rounding,
-        rotation=Rotation(size=rotation) if isinstance(rotation, int) else rotation,
-        seed=seed,
-        step=step,
-    )
-    for each in (fmt, second):
-        check_coding(each, coding)
-    return fmt, second, coding
+    within = _inside(inside, fmt, schedule, coding)
+    sources = _sources([torch.empty(numel, dtype=dtype, device="meta")], fmt, second, coding, within)
+    return _answer_numel(make_plans(sources, world_size=world_size, piece_bytes=PIECE_BYTES[device]))
 
 
 def _inside(inside: Format | str | None, fmt: Format, schedule: str, coding: Coding) -> Format | None:
-    if schedule != "two_hop":
+    if schedule not in ("two_hop", "auto"):
         if inside is not None:
-            raise ValueError(f"all_reduce: inside={inside!s} with schedule {schedule!r}; it goes with two_hop")
+            raise ValueError(f"all_reduce: inside={inside!s} with schedule {schedule!r}; it goes with two_hop and auto")
         return None
     if inside is None:
         return get_format("int8", block=fmt.block) if fmt.kind != "raw" and fmt.bits < 8 else fmt
@@ -152,56 +134,41 @@ def _inside(inside: Format | str | None, fmt: Format, schedule: str, coding: Cod
     return resolved
 
 
-def check_tensor(what: str, tensor: Tensor) -> None:
-    """Refuse tensors that cannot be sent or written in place."""
-    if tensor.dtype not in RAW:
-        raise TypeError(f"{what}: dtype {tensor.dtype}, expected float32, bfloat16 or float16")
-    if any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)):
-        raise ValueError(f"{what}: several elements of the tensor share memory (expand); pass tensor.contiguous()")
-
-
-def _plans(
-    flats: list[Tensor],
-    fmt: Format,
-    answer: Format,
-    coding: Coding,
-    world_size: int,
-    *,
-    inside: Format | None = None,
-    device: str = "",
-) -> tuple[Plan, ...]:
+def _sources(
+    flats: list[Tensor], fmt: Format, answer: Format, coding: Coding, inside: Format | None = None
+) -> tuple[Source, ...]:
     align = coding.rotation.size if coding.rotation else 1
-    whole = coding.rounding == "stochastic" and "raw" in (fmt.kind, answer.kind)
-    sources = tuple(Source(flat.numel(), flat.dtype, fmt, answer, align, inside, whole) for flat in flats)
-    piece_bytes = PIECE_BYTES[device or flats[0].device.type]
-    return make_plans(sources, world_size=world_size, piece_bytes=piece_bytes)
+    whole = coding.rounding == "stochastic" and "raw" in (fmt.kind, answer.kind, inside.kind if inside else "")
+    return tuple(Source(flat.numel(), flat.dtype, fmt, answer, align, inside, whole) for flat in flats)
 
 
-def _check_residuals(
-    single: bool, tensors: list[Tensor], residual: Tensor | None, answer_residual: Tensor | None, schedule: str
+def _check(
+    tensor: object,
+    tensors: list[Tensor],
+    op: dist.ReduceOp.RedOpType,
+    residual: Tensor | None,
+    answer_residual: Tensor | None,
 ) -> None:
-    if not single:
+    if op not in (dist.ReduceOp.SUM, dist.ReduceOp.AVG):
+        raise ValueError(f"all_reduce: op {op}, expected ReduceOp.SUM or ReduceOp.AVG")
+    for each in tensors:
+        check_tensor("all_reduce", each)
+    if len({each.device for each in tensors}) > 1:
+        raise ValueError(f"all_reduce: tensors on {sorted({str(t.device) for t in tensors})}, expected one device")
+    if not isinstance(tensor, Tensor) and not (residual is None and answer_residual is None):
         raise ValueError("all_reduce: residuals go with one tensor, not with a list; call it once for each")
-    if residual is not None and (
-        residual.numel() != tensors[0].numel()
-        or residual.dtype not in (torch.float32, torch.bfloat16)
-        or not residual.is_contiguous()
-    ):
-        raise ValueError(
-            f"all_reduce: residual is {residual.dtype} of {residual.numel()} elements, expected contiguous float32 or "
-            f"bfloat16 of the tensor's {tensors[0].numel()}"
-        )
-    if schedule != "two_shot" and not (schedule == "one_shot" and answer_residual is None):
-        raise ValueError(
-            f"all_reduce: schedule {schedule!r} keeps no {'residual' if residual is not None else 'answer_residual'}; "
-            "use two_shot"
-        )
+    if residual is not None:
+        check_residual("all_reduce", residual, tensors[0].numel())
 
 
 def _check_answer_residual(answer_residual: Tensor, plans: tuple[Plan, ...]) -> None:
-    expected = sum(part.answer.chunk_numel for plan in plans for part in plan.parts)
+    expected = _answer_numel(plans)
     if answer_residual.dtype != torch.float32 or answer_residual.shape != (expected,):
         raise ValueError(
             f"all_reduce: answer_residual is {answer_residual.dtype} {tuple(answer_residual.shape)}, expected float32 "
             f"({expected},); see answer_residual_numel"
         )
+
+
+def _answer_numel(plans: tuple[Plan, ...]) -> int:
+    return sum(part.answer.chunk_numel for plan in plans for part in plan.parts)

@@ -25,6 +25,11 @@ def send_stream(rank: int) -> int:
     return rank << 1
 
 
+def host_stream(host: int) -> int:
+    """Philox stream of the sum of a host's ranks: other hosts encode the same elements. Odd, and not ANSWER_STREAM."""
+    return (host << 1) + 3
+
+
 @dataclass(frozen=True)
 class Operand:
     """One source as tensors."""
@@ -43,6 +48,8 @@ class Operand:
     decay: float = 0.0
     answer_residual: Tensor | None = None
     """Feedback of the second hop (classic): float32, `answer_residual_numel` elements, the own chunk of each piece."""
+    inside_blocks: Blocks | None = None
+    """Numbering of the blocks inside a host, where those are of another length than `blocks`."""
 
 
 @dataclass(frozen=True)
@@ -59,10 +66,15 @@ class PartOperand:
     residual_scales: Tensor | None
     decay: float
     answer_residual_C: Tensor | None
+    inside_blocks: Blocks | None
 
     def sent(self, rows_KS: Tensor) -> Tensor:
         """The part's bytes in rows of the first hop."""
         return rows_KS[:, self.part.offset : self.part.offset + self.part.layout.chunk_bytes]
+
+    def sent_inside(self, rows_KS: Tensor) -> Tensor:
+        """The part's bytes in rows inside a host."""
+        return rows_KS[:, self.part.inside_offset : self.part.inside_offset + self.part.inside.chunk_bytes]
 
     def answered(self, rows_KS: Tensor) -> Tensor:
         """The part's bytes in rows of the second hop."""
@@ -122,7 +134,7 @@ class Message:
         if part.layout.format.kind == "raw":
             # Nothing to rotate, and nothing is lost that is worth feeding back.
             coding = replace(operand.coding, rotation=None)
-            return PartOperand(part, x, out, coding, None, None, None, None, 0.0, None)
+            return PartOperand(part, x, out, coding, None, None, None, None, 0.0, None, None)
         scales = operand.residual_scales_G
         if scales is not None:
             scales = scales[_blocks_of(part, part.layout)]
@@ -130,18 +142,31 @@ class Message:
         if answer_residual is not None:
             start = self.answer_residual_start[part.source]
             answer_residual = answer_residual[start : start + part.answer.chunk_numel]
+        blocks = self._blocks(operand, operand.blocks, part, part.layout)
         return PartOperand(
             part,
             x,
             out,
             operand.coding,
-            self._blocks(operand, operand.blocks, part, part.layout),
+            blocks,
             self._blocks(operand, operand.answer_blocks, part, part.answer),
             None if operand.residual_N is None else operand.residual_N[here],
             scales,
             operand.decay,
             answer_residual,
+            self._inside_blocks(operand, blocks, part),
         )
+
+    def _inside_blocks(self, operand: Operand, blocks: Blocks | None, part: Part) -> Blocks | None:
+        if part.inside.format.kind == "raw":
+            return None
+        if part.inside.format.block == part.layout.format.block:
+            return blocks
+        if operand.blocks is not None and operand.inside_blocks is None:
+            raise ValueError(
+                f"blocks of {part.layout.format} are numbered, expected those of {part.inside.format}, too"
+            )
+        return self._blocks(operand, operand.inside_blocks, part, part.inside)
 
     def _blocks(self, operand: Operand, blocks: Blocks | None, part: Part, layout: Layout) -> Blocks | None:
         """The numbering of a run's blocks. The counter of random bits does not start anew with each piece."""

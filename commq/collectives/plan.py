@@ -42,17 +42,25 @@ class Source:
         return max(self.format.unit, self.answer.unit, inside.unit, self.align)
 
     def layouts(self, numel: int, chunks: int) -> tuple[Layout, Layout, Layout]:
-        """Layouts of both hops, and of the one inside a host, for a run of `numel` elements.
-
-        Where the two hops would take no fewer bytes than the plain elements, all are raw, in the tensor's own dtype.
-        """
-        plain = Layout(get_format(RAW[self.dtype]), numel, chunks)
+        """Layouts of both hops, and of the one inside a host, for a run of `numel` elements."""
+        if self.is_raw(chunks):
+            plain = Layout(get_format(RAW[self.dtype]), numel, chunks)
+            return plain, plain, plain
         layout, answer, inside = (
             Layout(fmt, numel, chunks, self.unit) for fmt in (self.format, self.answer, self.inside or self.format)
         )
-        if layout.chunk_bytes + answer.chunk_bytes >= 2 * plain.chunk_bytes:
-            return plain, plain, plain
         return layout, answer, inside
+
+    def is_raw(self, chunks: int) -> bool:
+        """The two hops would take no fewer bytes than the plain elements, which therefore travel as they are.
+
+        Decided for the whole source, so that cutting it changes no bit. Inside a host, `inside` is the first hop.
+        """
+        layout, answer, inside = (
+            Layout(fmt, self.numel, chunks, self.unit).chunk_bytes
+            for fmt in (self.format, self.answer, self.inside or self.format)
+        )
+        return max(layout, inside) + answer >= 2 * Layout(get_format(RAW[self.dtype]), self.numel, chunks).chunk_bytes
 
 
 @dataclass(frozen=True)
@@ -66,9 +74,13 @@ class Part:
     layout: Layout
     answer: Layout
     inside: Layout
+    itemsize: int
+    """Bytes of an element as it stands in its tensor."""
     offset: int
     """First byte in a row of the first hop; `answer_offset` in the second. Multiples of 16."""
     answer_offset: int
+    inside_offset: int
+    """First byte in a row of the hop inside a host, for schedules that have one."""
 
     @property
     def numel(self) -> int:
@@ -91,6 +103,16 @@ class Plan:
     def answer_bytes(self) -> int:
         """Bytes of a row of the second hop: one answer to every part."""
         return _row([(part.answer_offset, part.answer) for part in self.parts])
+
+    @cached_property
+    def inside_bytes(self) -> int:
+        """Bytes of a row inside a host: one chunk of every part."""
+        return _row([(part.inside_offset, part.inside) for part in self.parts])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the piece's elements as they stand in their tensors."""
+        return sum(part.numel * part.itemsize for part in self.parts)
 
     @property
     def sent_bytes(self) -> int:
@@ -140,12 +162,13 @@ def make_plans(sources: tuple[Source, ...], *, world_size: int, piece_bytes: int
 
 def _plan_piece(sources: tuple[Source, ...], runs: list[tuple[int, int, int]], world_size: int) -> Plan:
     parts: list[Part] = []
-    row = answer_row = 0
+    row = answer_row = inside_row = 0
     for i, start, numel in runs:
         layout, answer, inside = sources[i].layouts(numel, world_size)
-        parts.append(Part(i, start, layout, answer, inside, row, answer_row))
+        parts.append(Part(i, start, layout, answer, inside, sources[i].dtype.itemsize, row, answer_row, inside_row))
         row = ceil16(row + layout.chunk_bytes)
         answer_row = ceil16(answer_row + answer.chunk_bytes)
+        inside_row = ceil16(inside_row + inside.chunk_bytes)
     return Plan(world_size, tuple(parts))
 
 

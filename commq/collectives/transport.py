@@ -104,7 +104,10 @@ class C10d:
 
     def share(self, value: Any) -> list[Any]:
         values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value, group=self.group)
+        try:
+            dist.all_gather_object(values, value, group=self.group)
+        except RuntimeError as error:
+            raise name_lost_ranks(self.group, "all_gather", error) from error
         return values
 
     def _start(self, operation: str, function: Any, *args: Any, **options: Any) -> _Started:

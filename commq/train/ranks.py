@@ -8,6 +8,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from commq.collectives.rendezvous import Rendezvous, find_rendezvous, init_process_group
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -32,24 +34,19 @@ class Ranks:
 
 
 def join_ranks() -> Ranks:
-    """Join the job that torchrun describes in the environment; without one, be a job of one process.
+    """Join the job that torchrun, mpirun or srun describes in the environment; without one, be a job of one process.
 
     Makes torch deterministic: the same seed gives the same bits on the same kind of machine.
     """
-    rank, world_size, local_rank, local_size = (
-        int(os.environ.get(name, default))
-        for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
-    )
+    found = find_rendezvous(os.environ) or Rendezvous(0, 1)
+    rank, world_size, local_rank, local_size = found.rank, found.world_size, found.local_rank, found.local_world_size
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with a fixed workspace
     torch.use_deterministic_algorithms(True)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = max(1, cores // local_size)
     torch.set_num_threads(threads)
 
-    if "RANK" in os.environ:
-        dist.init_process_group("gloo")
-    else:
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
+    init_process_group("gloo")
     has_gpu = torch.cuda.is_available() and torch.cuda.device_count() >= local_size
     compare_ranks({"a GPU for each process": has_gpu})
     if not has_gpu:

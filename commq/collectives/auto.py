@@ -1,0 +1,95 @@
+"""schedule="auto": measure what is missing, then choose."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from commq.codecs.reference import Coding
+from commq.collectives import link
+from commq.collectives.cost import Costs, choose
+from commq.collectives.hosts import find_hosts
+from commq.collectives.message import Message, Operand, make_messages
+from commq.collectives.plan import Plan, Source, make_plan
+from commq.collectives.rehearsal import Rehearsal, rehearse
+from commq.collectives.schedule import Exchange, Schedule
+from commq.collectives.transport import Transport
+
+Build = Callable[[Message], Schedule]
+
+
+def pick(
+    candidates: Mapping[str, Build],
+    sources: tuple[Source, ...],
+    plans: tuple[Plan, ...],
+    coding: Coding,
+    transport: Transport,
+    *,
+    device: torch.device,
+    backend: str,
+    piece_bytes: int,
+) -> str:
+    """The name of the candidate, or "plain", that a message should travel by. The same on all ranks.
+
+    The first call of a group for formats, dtype and device measures; it takes as long as some exchanges of 4 MiB.
+    """
+    coding = replace(coding, seed=0, step=0)
+    key = ("picked", sources, coding, device, backend, *candidates)
+    facts = transport.memory.facts
+    if key not in facts:
+        costs = find_costs(
+            candidates, sources[0], coding, transport, device=device, backend=backend, piece_bytes=piece_bytes
+        )
+        facts[key] = choose(plans, costs)
+    name: str = facts[key]
+    return name
+
+
+def find_costs(
+    candidates: Mapping[str, Build],
+    source: Source,
+    coding: Coding,
+    transport: Transport,
+    *,
+    device: torch.device,
+    backend: str,
+    piece_bytes: int,
+) -> Costs:
+    """The costs of messages of `source`'s kind: from the group's memory, else measured, which all ranks do together."""
+    hosts = find_hosts(transport)
+    ways = ("all", "inside", "between") if "two_hop" in candidates else ("all",)
+    return Costs(
+        moves={among: link.moves(transport, device, among, hosts) for among in ways},
+        sums=link.sums(transport, source.dtype, device),
+        codecs={
+            name: _codecs(name, build, source, coding, transport, device, backend, piece_bytes)
+            for name, build in candidates.items()
+        },
+        hosts=hosts,
+    )
+
+
+def _codecs(
+    name: str,
+    build: Build,
+    source: Source,
+    coding: Coding,
+    transport: Transport,
+    device: torch.device,
+    backend: str,
+    piece_bytes: int,
+) -> link.Curve:
+    def time_of(x_N: Tensor) -> int:
+        plan = make_plan((replace(source, numel=x_N.numel()),), world_size=transport.world_size)
+        operand, idle = Operand(x_N, torch.empty_like(x_N), coding), Rehearsal(transport)
+
+        def call() -> None:
+            Exchange(map(build, make_messages([plan], [operand], idle, average=True, backend=backend))).finish()
+
+        return link.agree(transport, link.time_call(call, device))
+
+    key = ("codecs", name, replace(source, numel=0), coding, device, backend)
+    return link.remember(transport, key, lambda: rehearse(time_of, piece_bytes, source.dtype, device))
