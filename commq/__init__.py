@@ -23,7 +23,11 @@ from commq.collectives.point_to_point import recv, send
 from commq.collectives.reduce_scatter import reduce_scatter
 from commq.feedback.rule import Feedback
 from commq.feedback.state import fold
-from commq.recipe import Exempt, Recipe, recipe, recipes
+from commq.policy.exempt import Exempt
+from commq.policy.phase import Phase
+from commq.policy.rule import Rule
+from commq.recipe import Recipe
+from commq.recipes import recipe, recipes
 
 __all__ = [
     "Encoded",
@@ -31,8 +35,10 @@ __all__ = [
     "Feedback",
     "Format",
     "HookState",
+    "Phase",
     "Recipe",
     "Rotation",
+    "Rule",
     "all_gather",
     "all_reduce",
     "all_to_all",

@@ -20,6 +20,7 @@ PARTS = (
     "collectives",
     "policy",
     "recipe",
+    "recipes",
     "attach",
     "optim",
     "lowp",

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch.distributed as dist
@@ -257,3 +258,12 @@ def test_without_mpi4py_it_says_what_to_set(environ, monkeypatch):
     with pytest.raises(ValueError, match=r"MPICH started 6 ranks.*set MASTER_ADDR and MASTER_PORT.*install commq"):
         init_process_group("gloo")
     assert "RANK" not in os.environ
+
+
+def test_an_mpi4py_of_another_mpi_is_an_error(environ, monkeypatch):
+    environ(MPICH)
+    world = SimpleNamespace(Get_rank=lambda: 0, Get_size=lambda: 1)
+    mpi = SimpleNamespace(COMM_WORLD=world, get_vendor=lambda: ("Open MPI", (5, 0, 0)))
+    monkeypatch.setitem(sys.modules, "mpi4py", SimpleNamespace(MPI=mpi))
+    with pytest.raises(ValueError, match=r"started rank 2 of 6, but mpi4py sees rank 0 of 1: .*\(Open MPI\)"):
+        init_process_group("gloo")

@@ -8,8 +8,9 @@ and GradScaler's search for infinities therefore run on what was really exchange
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,16 +20,20 @@ from torch._C._distributed_c10d import GradBucket
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
-from commq.attach.bucket import Bucket, Member, make_bucket
+from commq.attach.answer_residual import AnswerResidual
+from commq.attach.bucket import Bucket, Member, bind_answers, make_bucket
 from commq.codecs.reference import Coding
-from commq.collectives.message import Operand, make_messages
+from commq.collectives.hosts import find_hosts
+from commq.collectives.message import make_messages
 from commq.collectives.plan import RAW, raw_bytes
+from commq.collectives.route import Route, find_route
 from commq.collectives.schedule import Exchange
 from commq.collectives.transport import C10d, check_equal
-from commq.collectives.two_shot import two_shot
 from commq.feedback.residual import Residual
+from commq.policy.phase import Progress
+from commq.policy.rule import check_rules
 from commq.recipe import Recipe
-from commq.recipe import recipe as get_recipe
+from commq.recipes import recipe as get_recipe
 from commq.stats import Stats
 
 
@@ -41,7 +46,7 @@ class HookState:
 
     def __init__(
         self,
-        recipe: Recipe | str,
+        recipe: Recipe | str | Path | Mapping[str, Any],
         module: DistributedDataParallel | None = None,
         *,
         group: dist.ProcessGroup | None = None,
@@ -55,22 +60,33 @@ class HookState:
         self.grad_scaler = grad_scaler
         self.backend = backend
         self.residual = Residual(self.recipe.feedback, self.recipe.format.block)
+        self.answer_residual = AnswerResidual(self.transport) if self.recipe.answer_feedback.rule != "none" else None
+        self.progress = Progress(self.recipe.phases)
         self.step = 0
         self._raw_bytes = self._sent_bytes = 0
         self._clock = _Clock()
         self._members: dict[int, tuple[str, int]] = {}
         self._next_unit = 0
         self._numels: dict[str, int] = {}
-        self._buckets: dict[int, tuple[tuple[int, ...], Bucket]] = {}
+        self._buckets: dict[tuple[int, int], tuple[tuple[int, ...], Bucket, Route]] = {}
+        self._two_levels: bool | None = None
         self._side: torch.cuda.Stream | None = None
         if module is not None:
             for name, parameter in module.module.named_parameters():
                 self._member(parameter, name)
                 self._numels[name] = parameter.numel()
+            check_rules(self.recipe.rules, self._numels)
 
     def set_loss_scale(self, loss_scale: float) -> None:
         """Tell the residuals that the loss, and so the gradients, are multiplied by `loss_scale` from now on."""
         self.residual.set_loss_scale(loss_scale)
+        if self.answer_residual is not None:
+            self.answer_residual.set_loss_scale(loss_scale)
+
+    def observe(self, loss: float) -> None:
+        """Tell phases that end by the loss what it is; every rank calls it, and the largest of their losses counts."""
+        if self.progress.wants_loss:
+            self.progress.observe(max(self.transport.share(float(loss))))
 
     def stats(self) -> Stats:
         """Totals so far. Waits for the device (the residual's norm, the clock)."""
@@ -85,16 +101,19 @@ class HookState:
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's step, counters and residuals: tensors and plain data. Every rank has its own."""
+        answer = {} if self.answer_residual is None else {"answer": self.answer_residual.state_dict()}
         return {
             "step": self.step,
             "raw_bytes": self._raw_bytes,
             "sent_bytes": self._sent_bytes,
-            "residual": self.residual.state_dict(),
+            "progress": self.progress.state_dict(),
+            "residual": self.residual.state_dict() | answer,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore `state_dict()`, to the bit. At another world size, `commq.fold` the residuals first.
 
+        With feedback of the answer it is a collective: all ranks call it.
         Raises ValueError if the state is of another recipe or, where the parameters are known, another model.
         """
         for name, values in state["residual"]["values"].items() if self._numels else ():
@@ -104,6 +123,9 @@ class HookState:
                     f"the module's has {self._numels.get(name, 0)}; load the state of this model"
                 )
         self.residual.load_state_dict(state["residual"])
+        if self.answer_residual is not None:
+            self.answer_residual.load_state_dict(state["residual"]["answer"])
+        self.progress.load_state_dict(state["progress"])
         self.step, self._raw_bytes, self._sent_bytes = state["step"], state["raw_bytes"], state["sent_bytes"]
 
     def exchange(self, grads: GradBucket) -> Tensor:
@@ -112,54 +134,86 @@ class HookState:
         if self.transport.world_size > 1:
             if grads.index() == 0:
                 self._begin_step()
-            bucket = self._bucket(grads)
+            sent_before = self.transport.memory.sent_bytes
             with self._clock.running(buffer.device):
-                self._run(bucket, buffer)
+                bucket, route = self._bucket(grads)
+                self._run(bucket, route, buffer)
             self._raw_bytes += raw_bytes(buffer.numel(), self.transport.world_size)
-            self._sent_bytes += sum(plan.sent_bytes for plan in bucket.plans)
+            self._sent_bytes += self.transport.memory.sent_bytes - sent_before
         if grads.is_last():
             self.step += 1
+            if self.answer_residual is not None:
+                self.answer_residual.settle()
         return buffer
 
     def _begin_step(self) -> None:
+        self.progress.at(self.step)
         if self.grad_scaler is not None and self.grad_scaler.is_enabled():
-            self.residual.set_loss_scale(self.grad_scaler.get_scale())
+            self.set_loss_scale(self.grad_scaler.get_scale())
         if self.recipe.feedback.resets(self.step):
             self.residual.zero_()
 
-    def _run(self, bucket: Bucket, buffer: Tensor) -> None:
-        recipe, stored = self.recipe, bucket.residual
-        coding = Coding(rounding=recipe.rounding, rotation=recipe.rotation, seed=recipe.seed, step=self.step)
-        aligned, exempt = bucket.gather(buffer)
-        operands = []
-        if aligned is not None:
-            operands.append(
-                Operand(
-                    aligned,
-                    aligned,
-                    coding,
-                    blocks=bucket.blocks,
-                    answer_blocks=bucket.answer_blocks,
-                    residual_N=stored.values if stored else None,
-                    residual_scales_G=stored.scales if stored else None,
-                    decay=recipe.feedback.weight,
-                )
-            )
-        if exempt is not None:
-            operands.append(Operand(exempt, exempt, Coding()))
-        messages = make_messages(bucket.plans, operands, self.transport, average=True, backend=self.backend)
-        Exchange(map(two_shot, messages)).finish()
-        bucket.scatter(buffer, aligned, exempt)
-        if stored is not None and bucket.residual_padding is not None:
-            stored.values[bucket.residual_padding] = 0
+    def _run(self, bucket: Bucket, route: Route, buffer: Tensor) -> None:
+        if not bucket.groups:
+            return
+        recipe = self.recipe
+        tensors = bucket.gather(buffer)
+        operands = [
+            group.operand(x_N, self._coding(), recipe.feedback.weight)
+            for group, x_N in zip(bucket.groups, tensors, strict=True)
+        ]
+        messages = make_messages(route.plans, operands, self.transport, average=True, backend=self.backend)
+        Exchange(map(route.build, messages)).finish()
+        bucket.scatter(buffer, tensors)
 
-    def _bucket(self, grads: GradBucket) -> Bucket:
+    def _coding(self) -> Coding:
+        recipe = self.recipe
+        return Coding(rounding=recipe.rounding, rotation=recipe.rotation, seed=recipe.seed, step=self.step)
+
+    def _bucket(self, grads: GradBucket) -> tuple[Bucket, Route]:
+        """Layout and route of a bucket, made when it, or the phase, is new."""
         parameters = grads.parameters()
-        key = tuple(id(p) for p in parameters)
-        known = self._buckets.get(grads.index())
+        key, place = tuple(id(p) for p in parameters), (grads.index(), self.progress.index)
+        known = self._buckets.get(place)
         if known is not None and known[0] == key:
-            return known[1]
+            return known[1:]
+        if known is not None:  # DDP has rebuilt its buckets, all of them
+            self._buckets.clear()
+            if self.answer_residual is not None:
+                self.answer_residual.collect()
         buffer = grads.buffer()
+        self._check(parameters, buffer)
+        members, offset = [], 0
+        for p in parameters:
+            name, first_unit = self._member(p)
+            fmt, answer = self.recipe.formats_of(name, tuple(p.shape), p.numel(), self.progress.index)
+            members.append(Member(name, offset, p.numel(), fmt, answer, first_unit))
+            offset += p.numel()
+        if self._two_levels is None:
+            wants = self.recipe.schedule in ("two_hop", "auto")
+            self._two_levels = wants and find_hosts(self.transport).has_two_levels
+        bucket = make_bucket(
+            members,
+            self.recipe,
+            self.residual,
+            world_size=self.transport.world_size,
+            buffer=buffer,
+            two_levels=self._two_levels,
+        )
+        route = find_route(
+            self.recipe.schedule,
+            bucket.sources,
+            self._coding(),
+            self.transport,
+            device=buffer.device,
+            backend=self.backend,
+        )
+        if self.answer_residual is not None:
+            bucket = bind_answers(bucket, route.plans, self.answer_residual, self.recipe.unit, buffer.device)
+        self._buckets[place] = key, bucket, route
+        return bucket, route
+
+    def _check(self, parameters: list[Tensor], buffer: Tensor) -> None:
         if buffer.layout != torch.strided or any(p.is_complex() for p in parameters):
             raise TypeError(
                 f"rank {self.transport.rank}: a bucket holds sparse or complex gradients, expected dense real ones; "
@@ -169,15 +223,6 @@ class HookState:
             raise TypeError(
                 f"rank {self.transport.rank}: gradients are {buffer.dtype}, expected float32, bfloat16 or float16"
             )
-        members, offset, exempt = [], 0, self.recipe.exempt
-        for p in parameters:
-            name, first_unit = self._member(p)
-            covered = self.recipe.format.kind != "raw" and exempt.covers(tuple(p.shape), p.numel())
-            members.append(Member(name, offset, p.numel(), covered, first_unit))
-            offset += p.numel()
-        bucket = make_bucket(members, self.recipe, self.residual, world_size=self.transport.world_size, buffer=buffer)
-        self._buckets[grads.index()] = key, bucket
-        return bucket
 
     def _member(self, parameter: Tensor, name: str | None = None) -> tuple[str, int]:
         """Name and first unit of a parameter; new ones are numbered on."""
@@ -213,15 +258,16 @@ def comm_hook(state: HookState, bucket: GradBucket) -> Future[Tensor]:
 
 def register(
     ddp: DistributedDataParallel,
-    recipe: Recipe | str,
+    recipe: Recipe | str | Path | Mapping[str, Any],
     *,
     grad_scaler: torch.amp.GradScaler | None = None,
     backend: str = "auto",
 ) -> HookState:
     """Send the gradients of `ddp` by `recipe`. Call it on every rank, before the first backward pass.
 
-    recipe: a Recipe or one of `commq.recipes()`. grad_scaler: its scale is followed by the residuals (or call
-    `handle.set_loss_scale` yourself). Returns the handle: `stats()`, `state_dict()`, `load_state_dict()`.
+    recipe: a Recipe, or what `commq.recipe` takes: a name, a dict, a TOML or YAML file. grad_scaler: its scale is
+    followed by the residuals (or call `handle.set_loss_scale` yourself). Returns the handle: `stats()`,
+    `state_dict()`, `load_state_dict()`.
     Raises ValueError, the same on every rank, if the ranks' recipes differ; TypeError if `ddp` is no DDP module.
     """
     if not isinstance(ddp, DistributedDataParallel):
@@ -237,10 +283,10 @@ def _resolve(recipe: object, group: dist.ProcessGroup | None) -> Recipe:
     """The recipe that all ranks of `group` agree on; the same error on every rank if they do not."""
     failure: Exception | None = None
     try:
-        resolved = get_recipe(recipe) if isinstance(recipe, str) else recipe
+        resolved = get_recipe(recipe) if isinstance(recipe, str | Path | Mapping) else recipe
         if not isinstance(resolved, Recipe):
-            raise TypeError(f"recipe is a {type(recipe).__name__}, expected a commq.Recipe or the name of one")
-    except (TypeError, ValueError) as error:
+            raise TypeError(f"recipe is a {type(recipe).__name__}, expected a commq.Recipe, a name, a dict or a file")
+    except (OSError, TypeError, ValueError) as error:
         failure = error
     check_equal("the recipe", str(failure) if failure else repr(resolved), group)
     if failure:

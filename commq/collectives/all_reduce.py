@@ -18,7 +18,7 @@ from commq.collectives.group import Group, transport_of
 from commq.collectives.hosts import find_hosts
 from commq.collectives.message import Operand, make_messages
 from commq.collectives.plan import Plan, Source, make_plans
-from commq.collectives.route import SCHEDULES, check_schedule, find_route
+from commq.collectives.route import SCHEDULES, check_schedule, find_route, inside_format
 from commq.collectives.work import Work, launch
 
 __all__ = ["SCHEDULES", "all_reduce", "answer_residual_numel"]
@@ -128,7 +128,7 @@ def _inside(inside: Format | str | None, fmt: Format, schedule: str, coding: Cod
             raise ValueError(f"all_reduce: inside={inside!s} with schedule {schedule!r}; it goes with two_hop and auto")
         return None
     if inside is None:
-        return get_format("int8", block=fmt.block) if fmt.kind != "raw" and fmt.bits < 8 else fmt
+        return inside_format(fmt)
     resolved = get_format(inside) if isinstance(inside, str) else inside
     check_coding(resolved, coding)
     return resolved

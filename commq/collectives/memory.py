@@ -22,6 +22,8 @@ class Memory:
 
     def __init__(self) -> None:
         self.facts: dict[Hashable, Any] = {}
+        self.sent_bytes = 0
+        """Bytes that this rank's moves have sent to others since the group was made."""
         self._free: list[Tensor] = []
         self._side: dict[torch.device, torch.cuda.Stream] = {}
 

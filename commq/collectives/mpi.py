@@ -17,6 +17,7 @@ from torch import Tensor
 
 from commq.collectives.lost import PATIENCE, RankLostError
 from commq.collectives.memory import Memory
+from commq.collectives.transport import ring_bytes
 
 TIMEOUT = 300.0
 """Seconds that a move waits for other ranks, unless `Mpi.timeout` is set."""
@@ -72,14 +73,17 @@ class Mpi:
         return transport
 
     def all_to_all(self, send_WS: Tensor, recv_WS: Tensor) -> _Started:
+        self.memory.sent_bytes += send_WS.numel() - send_WS.shape[1]
         return self._exchange("all_to_all", send_WS.unbind(), recv_WS.unbind())
 
     def all_to_all_v(
         self, send: Tensor, recv: Tensor, send_splits: Sequence[int], recv_splits: Sequence[int]
     ) -> _Started:
+        self.memory.sent_bytes += sum(send_splits) - send_splits[self.rank]
         return self._exchange("all_to_all", send.split(list(send_splits)), recv.split(list(recv_splits)))
 
     def all_gather(self, row_S: Tensor, out_WS: Tensor) -> _Started:
+        self.memory.sent_bytes += (self.world_size - 1) * row_S.numel()
         return self._exchange("all_gather", [row_S] * self.world_size, out_WS.unbind())
 
     def all_reduce(self, tensor: Tensor, op: dist.ReduceOp.RedOpType) -> _Started:
@@ -87,18 +91,21 @@ class Mpi:
         wide = tensor.to(torch.float32) if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
         if operation is None or wide.dtype not in _DATATYPES:
             raise TypeError(f"all_reduce: {op} of {tensor.dtype}, expected SUM of floats or int32, or MAX of int32")
+        self.memory.sent_bytes += ring_bytes(wide, self.world_size)
         move = _Started(self, "all_reduce", rounds=(wide, tensor) if wide is not tensor else None)
         for run in _runs(wide):
             move.post(self.comm.Iallreduce, MPI.IN_PLACE, [run, _DATATYPES[wide.dtype]], operation, tensor=wide)
         return move
 
     def broadcast(self, buffer: Tensor, src: int) -> _Started:
+        self.memory.sent_bytes += buffer.numel() if self.rank == src else 0
         move = _Started(self, "broadcast")
         for run in _runs(buffer):
             move.post(self.comm.Ibcast, [run, MPI.BYTE], src, tensor=buffer)
         return move
 
     def send(self, buffer: Tensor, dst: int) -> _Started:
+        self.memory.sent_bytes += buffer.numel()
         move = _Started(self, "send")
         self._send(move, buffer, dst, alone=True)
         return move
@@ -218,7 +225,10 @@ class _Started:
         silent = self._transport.silent_ranks()
         limit = f"{self._where()} did not end within {self._transport.timeout:g} s"
         if not silent:
-            return RuntimeError(f"{limit}, though all ranks wait: they do not make the same calls in the same order")
+            return RuntimeError(
+                f"{limit}, though all ranks wait: they do not make the same calls in the same order, or the link needs "
+                "longer; set the timeout of commq.collectives.mpi.Mpi.of(comm)"
+            )
         # Who waits for a rank that waits for a lost one should hear of the lost one.
         missing = tuple(rank for rank in silent if rank in awaited) or silent
         names = ", ".join(map(str, missing))

@@ -217,7 +217,7 @@ def _meet_by_mpi(found: Rendezvous, timeout: timedelta | None) -> tuple[Any, Ren
             store = _tcp_store(address, port, found.world_size, True, wait_for_workers=False, timeout=limit)
             port = store.port
         except (OSError, RuntimeError) as error:
-            error_text = f"rank 0 cannot listen on {address}:{port} ({error}); {expected}"
+            error_text = f"rank 0 cannot listen at {address}:{port} ({error}); {expected}"
     address, port, error_text = world.bcast((address, port, error_text))
     if error_text:
         raise ValueError(error_text)
@@ -226,14 +226,19 @@ def _meet_by_mpi(found: Rendezvous, timeout: timedelta | None) -> tuple[Any, Ren
 
 
 def _own_address() -> str:
-    """Of the interface that gloo is told to use, else of this host's name. OSError if that cannot be resolved."""
+    """An address of this host that others can reach: that of the interface that gloo is told to use, else that of the
+    host's name, else, where the name stands for loopback or nothing, that of the default route. OSError without any.
+    """
     interface = os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")[0]
-    if interface:
-        import fcntl  # not on Windows
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as datagrams:
+        if interface:
+            import fcntl  # not on Windows
 
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket, contextlib.suppress(OSError):
-            reply = fcntl.ioctl(any_socket, 0x8915, struct.pack("256s", interface.encode()))  # SIOCGIFADDR
+            reply = fcntl.ioctl(datagrams, 0x8915, struct.pack("256s", interface.encode()))  # SIOCGIFADDR
             return socket.inet_ntoa(reply[20:24])
-    name = socket.gethostname()
-    address = socket.gethostbyname(name)
-    return name if address.startswith("127.") else address  # loopback here, but others may know the name
+        with contextlib.suppress(OSError):
+            address = socket.gethostbyname(socket.gethostname())
+            if not address.startswith("127."):
+                return address
+        datagrams.connect(("192.0.2.1", 9))  # sends nothing, but chooses a route
+        return str(datagrams.getsockname()[0])

@@ -8,7 +8,7 @@ from functools import partial
 
 import torch
 
-from commq.codecs.formats import Format
+from commq.codecs.formats import Format, get_format
 from commq.codecs.reference import Coding
 from commq.collectives.arguments import PIECE_BYTES
 from commq.collectives.auto import pick
@@ -71,6 +71,11 @@ def check_schedule(name: str, fmt: Format, *, residual: bool = False, answer_res
         raise ValueError(f"schedule {name!r} keeps no residual; expected two_shot or another")
     if answer_residual and name not in _ANSWER_RESIDUAL:
         raise ValueError(f"schedule {name!r} with answer_residual: expected {' or '.join(_ANSWER_RESIDUAL)}, by name")
+
+
+def inside_format(fmt: Format) -> Format:
+    """What `fmt` between hosts goes with inside them, unless told otherwise: int8 where it has fewer bits."""
+    return get_format("int8", block=fmt.block) if fmt.kind != "raw" and fmt.bits < 8 else fmt
 
 
 def find_route(

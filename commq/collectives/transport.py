@@ -76,12 +76,15 @@ class C10d:
         self._gather_by_all_to_all = dist.get_backend(self.group) == "gloo"
 
     def all_to_all(self, send_WS: Tensor, recv_WS: Tensor) -> Move:
+        self.memory.sent_bytes += send_WS.numel() - send_WS.shape[1]
         return self._start("all_to_all", dist.all_to_all_single, recv_WS, send_WS)
 
     def all_to_all_v(self, send: Tensor, recv: Tensor, send_splits: Sequence[int], recv_splits: Sequence[int]) -> Move:
+        self.memory.sent_bytes += sum(send_splits) - send_splits[self.rank]
         return self._start("all_to_all", dist.all_to_all_single, recv, send, list(recv_splits), list(send_splits))
 
     def all_gather(self, row_S: Tensor, out_WS: Tensor) -> Move:
+        self.memory.sent_bytes += (self.world_size - 1) * row_S.numel()
         if not self._gather_by_all_to_all:
             return self._start("all_gather", _all_gather_single, out_WS.view(-1), row_S)
         copies_WS = self.memory.take(self.world_size, row_S.numel(), row_S.device)
@@ -91,12 +94,15 @@ class C10d:
         return move
 
     def all_reduce(self, tensor: Tensor, op: dist.ReduceOp.RedOpType) -> Move:
+        self.memory.sent_bytes += ring_bytes(tensor, self.world_size)
         return self._start("all_reduce", dist.all_reduce, tensor, op)
 
     def broadcast(self, buffer: Tensor, src: int) -> Move:
+        self.memory.sent_bytes += buffer.numel() if self.rank == src else 0
         return self._start("broadcast", dist.broadcast, buffer, group_src=src)
 
     def send(self, buffer: Tensor, dst: int) -> Move:
+        self.memory.sent_bytes += buffer.numel()
         return self._start("send", _isend, buffer, group_dst=dst)
 
     def recv(self, buffer: Tensor, src: int) -> Move:
@@ -134,6 +140,11 @@ class _Started:
         if self.lent is not None:
             self._transport.memory.give(self.lent)
             self.lent = None
+
+
+def ring_bytes(tensor: Tensor, world_size: int) -> int:
+    """Bytes that each rank sends in a ring all-reduce, which the library's is counted as: 2 (W - 1) chunks."""
+    return 2 * (world_size - 1) * -(-tensor.numel() // world_size) * tensor.element_size()
 
 
 def _isend(buffer: Tensor, *, group_dst: int, group: dist.ProcessGroup, async_op: bool) -> dist.Work | None:

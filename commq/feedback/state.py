@@ -2,7 +2,8 @@
 
 Rule: the sum over ranks is kept. New rank r takes the sum of the residuals of the old ranks j with
 j mod world_size == r; when the job grows, the new ranks start from zero. Exact for fp32 storage up to the rounding
-of that sum, and up to one rounding of the storage otherwise.
+of that sum, and up to one rounding of the storage otherwise. Residuals of the second hop ("answer") have one owner
+for each element: new rank r takes the runs of the same old ranks, and the new owners get them from there.
 """
 
 from __future__ import annotations
@@ -35,4 +36,11 @@ def _add(states: list[dict[str, Any]], like: dict[str, Any]) -> dict[str, Any]:
         if name in like["scales"]:
             scales[name] = torch.zeros_like(like["scales"][name])
         store_residual(total, total.isfinite(), values[name], scales.get(name), block)
-    return {**like, "values": values, "scales": scales}
+    folded = {**like, "values": values, "scales": scales}
+    if "answer" in like:
+        runs: dict[str, list[Any]] = {}
+        for state in states:
+            for name, theirs in state["answer"]["runs"].items():
+                runs.setdefault(name, []).extend(theirs)
+        folded["answer"] = {**like["answer"], "runs": runs}
+    return folded

@@ -1,0 +1,1 @@
+"""Policies: which parameters travel in which format, and when."""
