@@ -43,7 +43,7 @@ from commq.collectives.two_shot import two_shot  # noqa: E402
 from model import all_reduce_bytes, gather_bytes, milliseconds  # noqa: E402
 from timing import environment  # noqa: E402
 
-AVG = dist.ReduceOp.AVG
+SUM = dist.ReduceOp.SUM
 SCHEDULES = ("two_shot", "one_shot", "two_hop", "ring", "integer_sum", "one_bit")
 Call = Callable[[], object]
 
@@ -108,7 +108,7 @@ class Worker:
                     schedule,
                     name,
                     bound if schedule == "two_shot" else 0,
-                    lambda schedule=schedule, name=name: commq.all_reduce(x, AVG, format=name, schedule=schedule),
+                    lambda schedule=schedule, name=name: commq.all_reduce(x, SUM, format=name, schedule=schedule),
                 )
         chunk = numel // world_size
         parts, own = x[: chunk * world_size], torch.empty(chunk, dtype=self.dtype, device=self.device)
