@@ -46,6 +46,8 @@ from timing import environment  # noqa: E402
 SUM = dist.ReduceOp.SUM
 SCHEDULES = ("two_shot", "one_shot", "two_hop", "ring", "integer_sum", "one_bit")
 Call = Callable[[], object]
+SHORT = 4 << 20
+"""Bytes up to which five times as many runs are made: they cost little and vary most."""
 
 
 class Worker:
@@ -65,7 +67,7 @@ class Worker:
             for method, format, bound, call in self._calls(numel):
                 if self.args.methods and not any(method.startswith(m) for m in self.args.methods.split(",")):
                     continue
-                row = self._measure(call)
+                row = self._measure(call, runs=self.args.runs * (5 if nbytes <= SHORT else 1))
                 picked = self._picked(numel) if method == "auto" else ""
                 expected = self._expected(numel, format, picked or method)
                 yield {
@@ -123,10 +125,10 @@ class Worker:
             yield "reduce_scatter", name, bound, lambda name=name: commq.reduce_scatter(own, parts, format=name)
             yield "all_gather", name, bound, lambda name=name: commq.all_gather(parts, own, format=name)
 
-    def _measure(self, call: Call) -> dict[str, Any]:
+    def _measure(self, call: Call, runs: int) -> dict[str, Any]:
         call()
         times, sent = [], []
-        for _ in range(self.args.runs):
+        for _ in range(runs):
             dist.barrier(self.clock)
             before = _sent_bytes()
             start = time.perf_counter()
