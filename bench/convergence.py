@@ -21,6 +21,7 @@ import argparse
 import json
 import math
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -36,7 +37,7 @@ ROOT = Path(__file__).resolve().parent
 sys.path[:0] = [str(ROOT), str(ROOT.parent), str(ROOT.parent / "launch")]
 
 from commq.train.config import ModelConfig, OptimizerConfig  # noqa: E402
-from convergence_run import Run, Setting  # noqa: E402
+from convergence_run import UPDATES, Run, Setting  # noqa: E402
 from netlab_mps import Mps, gpus, mps_program  # noqa: E402
 from recipe_text import read_recipe, split_recipes  # noqa: E402
 from timing import environment  # noqa: E402
@@ -55,6 +56,7 @@ def wanted(args: argparse.Namespace) -> list[Setting]:
         Setting(
             recipe=text,
             seed=seed,
+            update=args.update,
             steps=args.steps,
             world_size=args.world_size,
             rows=args.rows,
@@ -128,14 +130,9 @@ class Driver:
         elapsed = time.monotonic() - self.start
         print(
             f"{elapsed:6.0f} s  {setting.recipe:<40} seed {setting.seed}  val {_show(row['val_loss'])}  "
-            f"{row['seconds'] / len_steps(row) * 1e3:6.1f} ms a step, {took:.0f} s",
+            f"{row['seconds'] / row['steps_made'] * 1e3:6.1f} ms a step, {took:.0f} s",
             flush=True,
         )
-
-
-def len_steps(row: Row) -> int:
-    """Steps that a run made: fewer than it should have, if it diverged."""
-    return int(row["curve"][-1][0])
 
 
 class _Process:
@@ -323,6 +320,7 @@ def main() -> None:
     add = parser.add_argument
     add("--recipes", default=RECIPES, help=f"separated by blanks; {BASELINE} is always there ({RECIPES})")
     add("--seeds", default="0,1,2")
+    add("--update", default="adamw", choices=tuple(UPDATES))
     add("--steps", type=int, default=2000)
     add("--world-size", type=int, default=4)
     add("--rows", type=int, default=8, help="sequences of a rank and step")
@@ -346,6 +344,12 @@ def main() -> None:
     if args.report:
         print(report(read_rows(Path(args.report))))
         return
+    for text in split_recipes(args.recipes):
+        try:
+            read_recipe(text)
+        except (OSError, ValueError) as error:
+            parser.error(str(error))
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # ends runs and MPS, too
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     driver = Driver(args)
     driver.execute()

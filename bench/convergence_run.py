@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from commq.train.config import ModelConfig, OptimizerConfig
 from commq.train.data import Corpus, load_corpus, train_batch, val_batches
@@ -30,7 +30,7 @@ class Setting:
     """As `read_recipe` takes it; "fp32" is what the others are compared with."""
     seed: int
     update: str = "adamw"
-    """What is done with the averaged gradients: see `make_update`."""
+    """One of UPDATES."""
     steps: int = 2000
     world_size: int = 4
     rows: int = 8
@@ -42,17 +42,11 @@ class Setting:
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=1.5e-3, warmup=100))
     device: str = "cuda"
 
-    @property
-    def baseline(self) -> dict[str, Any]:
-        """What a run and the one that it is paired with have in common."""
-        return {key: value for key, value in asdict(self).items() if key != "recipe"}
 
-
-def make_update(setting: Setting, model: torch.nn.Module) -> Update:
-    """How gradients become steps. An optimizer that sends momenta is one more case here."""
-    if setting.update in ("adamw", "sgd"):
-        return GradientUpdate(model, setting.optimizer)
-    raise ValueError(f"update {setting.update!r} is unknown; expected adamw or sgd")
+UPDATES: dict[str, Callable[[Setting, nn.Module], Update]] = {
+    "adamw": lambda setting, model: GradientUpdate(model, setting.optimizer),
+}
+"""What becomes of gradients; an optimizer that sends something else is one more entry."""
 
 
 class Run:
@@ -65,7 +59,8 @@ class Run:
         torch.manual_seed(setting.seed)
         self.model = GPT(setting.model).to(self.device)
         recipe = read_recipe(setting.recipe, seed=setting.seed)
-        self.replicas = Replicas(self.model, recipe, make_update(setting, self.model), setting.world_size)
+        update = UPDATES[setting.update](setting, self.model)
+        self.replicas = Replicas(self.model, recipe, update, setting.world_size)
         self.row: dict[str, Any] = {
             **asdict(setting),
             "resolved": str(recipe),
@@ -86,13 +81,15 @@ class Run:
             losses_W = self.replicas.step(self._tokens(step), rate)
             if step % 50 == 0 or step in (1, steps):
                 loss = float(losses_W.mean())
-                self.row["curve"].append([step, self._sent_bytes(), seconds + time.perf_counter() - start, loss])
                 if not math.isfinite(loss):
                     break
+                self.row["curve"].append([step, self._sent_bytes(), seconds + time.perf_counter() - start, loss])
+                self.replicas.observe(loss)
             seconds += time.perf_counter() - start
             if step == steps or (step % validate_every == 0 and steps - step >= validate_every):
                 self.row["validation"].append([step, self._sent_bytes(), seconds, self._validate()])
         finished = step == steps and math.isfinite(loss)
+        self.row["steps_made"] = step
         self.row["val_loss"] = self.row["validation"][-1][3] if finished else None
         self.row["sent_bytes"], self.row["seconds"] = self._sent_bytes(), seconds
         self.row["raw_bytes"] = self.replicas.handles[0].stats().raw_bytes

@@ -29,7 +29,7 @@ def draw(rows: list[Row], path: Path, *, gbit: float, compute_ms: float) -> None
     colours = pyplot.get_cmap("tab20").colors
     for number, text in enumerate(texts):
         colour = "black" if text == BASELINE else colours[number % len(colours)]
-        for nth, row in enumerate(row for row in rows if row["recipe"] == text):
+        for nth, row in enumerate(row for row in rows if row["recipe"] == text and row["validation"]):
             steps, sent, _, losses = zip(*row["validation"], strict=True)
             label = text if nth == 0 else None
             style = {"color": colour, "linewidth": 1.2, "alpha": 0.8, "label": label}

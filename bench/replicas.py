@@ -102,6 +102,10 @@ class Replicas:
         self.update.apply(self.buckets[0], rate)
         return self._losses_W
 
+    def observe(self, loss: float) -> None:
+        """Tell recipes with phases that end by the loss what it is."""
+        self.ranks.run(lambda rank: self.handles[rank].observe(loss))
+
     def loss(self, tokens_BT: Tensor) -> Tensor:
         """Mean loss of sequences, as the trainer computes it."""
         with torch.autocast("cuda", torch.bfloat16, enabled=self.device.type == "cuda", cache_enabled=False):
