@@ -40,6 +40,7 @@ from commq.collectives.plan import Source, make_plans  # noqa: E402
 from commq.collectives.rehearsal import Rehearsal  # noqa: E402
 from commq.collectives.schedule import Exchange  # noqa: E402
 from commq.collectives.two_shot import two_shot  # noqa: E402
+from lab import gbit, link_bytes  # noqa: E402
 from model import all_reduce_bytes, gather_bytes, milliseconds  # noqa: E402
 from timing import environment  # noqa: E402
 
@@ -58,7 +59,7 @@ class Worker:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.device = torch.device(args.device)
         self.dtype = getattr(torch, args.dtype)
-        self.gbit = _gbit(args.rate)
+        self.gbit = gbit(args.rate)
         self.clock = dist.new_group(backend="gloo")
 
     def rows(self) -> Iterator[dict[str, Any]]:
@@ -130,13 +131,13 @@ class Worker:
         times, sent = [], []
         for _ in range(runs):
             dist.barrier(self.clock)
-            before = _sent_bytes()
+            before = link_bytes()
             start = time.perf_counter()
             call()
             if self.device.type == "cuda":
                 torch.cuda.synchronize()
             seconds = torch.tensor([time.perf_counter() - start], dtype=torch.float64)
-            sent.append(_sent_bytes() - before)
+            sent.append(link_bytes() - before)
             dist.all_reduce(seconds, dist.ReduceOp.MAX, group=self.clock)
             times.append(float(seconds) * 1e3)
         return {
@@ -177,18 +178,6 @@ class Worker:
     def _picked(self, numel: int) -> str:
         facts = transport_of(None).memory.facts
         return next(v for k, v in reversed(facts.items()) if k[0] == "picked" and k[1][0].numel == numel)
-
-
-def _sent_bytes() -> int:
-    """Bytes that this host's link has carried away so far; 0 outside a lab."""
-    for line in Path("/proc/net/dev").read_text().splitlines():
-        if line.strip().startswith("eth0:"):
-            return int(line.split(":")[1].split()[8])
-    return 0
-
-
-def _gbit(rate: str) -> float:
-    return 0.0 if rate == "unshaped" else float(rate.removesuffix("gbit"))
 
 
 def _bytes(size: str) -> int:

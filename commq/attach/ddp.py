@@ -28,7 +28,7 @@ from commq.collectives.message import make_messages
 from commq.collectives.plan import RAW, raw_bytes
 from commq.collectives.route import Route, find_route
 from commq.collectives.schedule import Exchange
-from commq.collectives.transport import C10d, check_equal
+from commq.collectives.transport import C10d, Transport, compare
 from commq.feedback.residual import Residual
 from commq.policy.phase import Progress
 from commq.policy.rule import check_rules
@@ -42,6 +42,7 @@ class HookState:
 
     recipe: a Recipe or its name. module: the DDP module, which names the parameters in checkpoints; without
     it they are numbered in the order in which buckets first show them. group: DDP's process group.
+    transport: moves bytes in place of torch.distributed, for ranks that are not processes.
     """
 
     def __init__(
@@ -52,11 +53,12 @@ class HookState:
         group: dist.ProcessGroup | None = None,
         grad_scaler: torch.amp.GradScaler | None = None,
         backend: str = "auto",
+        transport: Transport | None = None,
     ) -> None:
-        if module is not None and group is None:
-            group = module.process_group
-        self.transport = C10d(group)
-        self.recipe = _resolve(recipe, group)
+        if transport is None:
+            transport = C10d(module.process_group if module is not None and group is None else group)
+        self.transport = transport
+        self.recipe = _resolve(recipe, transport)
         self.grad_scaler = grad_scaler
         self.backend = backend
         self.residual = Residual(self.recipe.feedback, self.recipe.format.block)
@@ -279,8 +281,8 @@ def register(
     return handle
 
 
-def _resolve(recipe: object, group: dist.ProcessGroup | None) -> Recipe:
-    """The recipe that all ranks of `group` agree on; the same error on every rank if they do not."""
+def _resolve(recipe: object, transport: Transport) -> Recipe:
+    """The recipe that all ranks of the transport agree on; the same error on every rank if they do not."""
     failure: Exception | None = None
     try:
         resolved = get_recipe(recipe) if isinstance(recipe, str | Path | Mapping) else recipe
@@ -288,7 +290,7 @@ def _resolve(recipe: object, group: dist.ProcessGroup | None) -> Recipe:
             raise TypeError(f"recipe is a {type(recipe).__name__}, expected a commq.Recipe, a name, a dict or a file")
     except (OSError, TypeError, ValueError) as error:
         failure = error
-    check_equal("the recipe", str(failure) if failure else repr(resolved), group)
+    compare("the recipe", transport.share(str(failure) if failure else repr(resolved)))
     if failure:
         raise failure
     assert isinstance(resolved, Recipe)

@@ -159,6 +159,11 @@ def check_equal(what: str, value: str, group: dist.ProcessGroup | None) -> None:
     """Raise the same ValueError on every rank unless all ranks of `group` hold the same `value`."""
     values: list[str] = [""] * dist.get_world_size(group)
     dist.all_gather_object(values, value, group=group)
+    compare(what, values)
+
+
+def compare(what: str, values: Sequence[str]) -> None:
+    """Raise ValueError unless the values, one of every rank, are equal."""
     if len(set(values)) > 1:
         other = next(rank for rank, v in enumerate(values) if v != values[0])
         raise ValueError(
