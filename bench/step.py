@@ -6,10 +6,11 @@
     torchrun --nnodes 4 ... bench/step.py --worker --rates unshaped                              # on a real cluster
     python bench/plot_step.py out/step.jsonl picture.png
 
-GPT-2 with random tokens: forward, backward and fused AdamW, bf16 autocast (CUDA) with float32 gradients. Builds the
-lab of launch/netlab.py (needs root and pyroute2) once and runs this file in it, one process a rank; the rate of the
-links is changed while it runs. Each row is a new model, and is written to --out as soon as it is known; rows that are
-there already are not repeated, so the same command goes on where it was cut off.
+GPT-2 with random tokens: forward, backward and fused AdamW, bf16 autocast (CUDA) with float32 gradients; DDP with
+buckets of 25 MB and gradients that are views of them, for all methods. Builds the lab of launch/netlab.py (needs root
+and pyroute2) once and runs this file in it, one process a rank; the rate of the links is changed while it runs. Each
+row is a new model, and is written to --out as soon as it is known; rows that are there already are not repeated, so
+the same command goes on where it was cut off.
 
 A step is timed from its start to the device's last kernel, on the slowest rank; a row has median, fastest and slowest.
 "beyond" is the median without that of "no communication"; "host us" is what a hook takes of the host for a bucket.
