@@ -14,8 +14,10 @@ sys.path.append(str(Path(__file__).parent.parent / "bench"))
 from gpt2 import GPT2, MODELS
 from harness import process_ranks
 from lab import set_rate
-from step import BASELINE, Training, Worker, read_rows
+from step import Worker
 from step_methods import ddp_methods
+from step_rows import BASELINE, read_rows
+from step_training import Training
 
 
 def arguments(**changed):
@@ -69,7 +71,7 @@ def test_every_method_has_a_row():
 
     # A model must not outlive its row: 27 of them do not fit on a GPU.
     for method in ddp_methods(["int4"], 2):
-        training = Training(method, arguments(), torch.device("cpu"))
+        training = Training(method, MODELS["tiny"], 1, torch.device("cpu"))
         training.step()
         parameter = weakref.ref(next(training.attached.module.parameters()))
         del training
