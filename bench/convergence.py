@@ -19,32 +19,28 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).resolve().parent
 sys.path[:0] = [str(ROOT), str(ROOT.parent), str(ROOT.parent / "launch")]
 
 from commq.train.config import ModelConfig, OptimizerConfig  # noqa: E402
+from convergence_report import BASELINE, key_of, read_rows, report  # noqa: E402
 from convergence_run import UPDATES, Run, Setting  # noqa: E402
 from netlab_mps import Mps, gpus, mps_program  # noqa: E402
 from recipe_text import read_recipe, split_recipes  # noqa: E402
 from timing import environment  # noqa: E402
 
-BASELINE, CONTROL = "fp32", "int2"
 RECIPES = "int8 int4 int2 onebit"
-Row = dict[str, Any]
 
 
 def wanted(args: argparse.Namespace) -> list[Setting]:
@@ -91,8 +87,8 @@ class Driver:
         self.failed = 0
 
     def execute(self) -> None:
-        done = [_key(row) for row in read_rows(self.out)]
-        waiting = [setting for setting in wanted(self.args) if _key(asdict(setting)) not in done]
+        done = [key_of(row) for row in read_rows(self.out)]
+        waiting = [setting for setting in wanted(self.args) if key_of(asdict(setting)) not in done]
         print(f"{len(done)} runs are there, {len(waiting)} to do", flush=True)
         places = (gpus() if self.args.device == "cuda" else []) or [""]
         free = places * self.args.jobs
@@ -187,118 +183,6 @@ def _mps(device: str) -> Iterator[None]:
             mps.quit()
             os.environ.clear()
             os.environ.update(before)
-
-
-def read_rows(path: Path) -> list[Row]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def _key(row: Row) -> str:
-    """What makes a run the same as another."""
-    names = asdict(Setting(recipe="", seed=0))
-    return json.dumps({name: row[name] for name in names}, sort_keys=True)
-
-
-@dataclass(frozen=True)
-class Gap:
-    """A recipe against the uncompressed runs of the same seeds."""
-
-    recipe: str
-    bits: int
-    losses: list[float]
-    gaps: list[float]
-    """Percent of the uncompressed run's validation loss, one for each seed; inf for a run that diverged."""
-    ratio: float
-    """Bytes sent / those of fp32."""
-
-    @property
-    def mean(self) -> float:
-        return statistics.fmean(self.gaps)
-
-    @property
-    def error(self) -> float:
-        """Standard error of the mean; NaN if it is not known."""
-        return deviation(self.gaps) / len(self.gaps) ** 0.5
-
-    def passes(self, bound: float) -> bool:
-        """Two seeds at least: one alone says nothing about its error."""
-        return len(self.gaps) > 1 and self.mean <= max(bound, 2 * self.error)
-
-
-def deviation(values: list[float]) -> float:
-    """Standard deviation; NaN of a single value, and where a run diverged."""
-    return statistics.stdev(values) if len(values) > 1 and all(map(math.isfinite, values)) else math.nan
-
-
-def find_gaps(rows: list[Row]) -> list[Gap]:
-    """Of every recipe with runs that have a partner."""
-    common = [name for name in asdict(Setting(recipe="", seed=0)) if name != "recipe"]
-
-    def partner(row: Row) -> str:
-        return json.dumps([row[name] for name in common])
-
-    base = {partner(row): row["val_loss"] for row in rows if row["recipe"] == BASELINE}
-    found = []
-    for text in dict.fromkeys(row["recipe"] for row in rows):
-        pairs = [(row, base.get(partner(row))) for row in rows if row["recipe"] == text]
-        pairs = [(row, loss) for row, loss in pairs if loss is not None]
-        if not pairs:
-            continue
-        losses = [_loss(row) for row, _ in pairs]
-        gaps = [100 * (own - loss) / loss for own, (_, loss) in zip(losses, pairs, strict=True)]
-        row = pairs[0][0]
-        found.append(Gap(text, row["bits"], losses, gaps, row["sent_bytes"] / row["raw_bytes"]))
-    return found
-
-
-def _loss(row: Row) -> float:
-    return float("inf") if row["val_loss"] is None else float(row["val_loss"])
-
-
-@dataclass(frozen=True)
-class Gate:
-    """A bound in percent, and whom it concerns: one recipe, or the best of those with so many bits."""
-
-    name: str
-    bound: float
-    recipe: str = ""
-    bits: int = 0
-    must_fail: bool = False
-
-    def judge(self, gaps: list[Gap]) -> str:
-        """One line; begins with PASS, FAIL or "----", if there is nothing to judge."""
-        mine = [gap for gap in gaps if gap.recipe == self.recipe or (not self.recipe and gap.bits == self.bits)]
-        if not mine:
-            return f"----  {self.name}: no runs"
-        best = min(mine, key=lambda gap: gap.mean)
-        limit = max(self.bound, 2 * best.error)
-        passes = best.passes(self.bound) != self.must_fail
-        must = "must exceed" if self.must_fail else "at most"
-        return f"{'PASS' if passes else 'FAIL'}  {self.name}: {best.recipe} {best.mean:+.3f} %, {must} {limit:.3f} %"
-
-
-GATES = (
-    Gate("int8", 0.1, "int8"),
-    Gate("int4, the default", 0.25, "int4"),
-    Gate("best of 2 bits", 1.5, bits=2),
-    Gate("best of 1 bit", 5.0, bits=1),
-    Gate("control: 2 bits without feedback", 1.5, CONTROL, must_fail=True),
-)
-
-
-def report(rows: list[Row]) -> str:
-    """The table and the gates."""
-    gaps = sorted(find_gaps(rows), key=lambda gap: (-gap.bits, gap.mean))
-    lines = [
-        f"{'recipe':<44} {'bytes':>6} {'val loss':>8} {'sd of seeds':>11} {'gap %':>8} {'std error':>9} {'seeds':>5}"
-    ]
-    for gap in gaps:
-        lines.append(
-            f"{gap.recipe:<44} {gap.ratio:6.3f} {statistics.fmean(gap.losses):8.4f} {deviation(gap.losses):11.4f} "
-            f"{gap.mean:+8.3f} {gap.error:9.3f} {len(gap.gaps):>5}"
-        )
-    lines += ["", "gates: gap <= max(bound, 2 standard errors)", *(gate.judge(gaps) for gate in GATES)]
-    return "\n".join(lines)
 
 
 def _show(loss: float | None) -> str:

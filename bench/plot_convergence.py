@@ -8,10 +8,13 @@ Time is computed, as runs share a GPU: a step takes --compute-ms and then its by
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
-from convergence import BASELINE, find_gaps, read_rows
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from convergence_report import BASELINE, find_gaps, read_rows
 
 Row = dict[str, Any]
 

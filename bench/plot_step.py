@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from step import BASELINE, read_rows
+from step_rows import BASELINE, read_rows
 
 Row = dict[str, Any]
 

@@ -6,10 +6,11 @@
     torchrun --nnodes 4 ... bench/step.py --worker --rates unshaped                              # on a real cluster
     python bench/plot_step.py out/step.jsonl picture.png
 
-GPT-2 with random tokens: forward, backward and fused AdamW, bf16 autocast (CUDA) with float32 gradients. Builds the
-lab of launch/netlab.py (needs root and pyroute2) once and runs this file in it, one process a rank; the rate of the
-links is changed while it runs. Each row is a new model, and is written to --out as soon as it is known; rows that are
-there already are not repeated, so the same command goes on where it was cut off.
+GPT-2 with random tokens: forward, backward and fused AdamW, bf16 autocast (CUDA) with float32 gradients; DDP with
+buckets of 25 MB and gradients that are views of them, for all methods. Builds the lab of launch/netlab.py (needs root
+and pyroute2) once and runs this file in it, one process a rank; the rate of the links is changed while it runs. Each
+row is a new model, and is written to --out as soon as it is known; rows that are there already are not repeated, so
+the same command goes on where it was cut off.
 
 A step is timed from its start to the device's last kernel, on the slowest rank; a row has median, fastest and slowest.
 "beyond" is the median without that of "no communication"; "host us" is what a hook takes of the host for a bucket.
@@ -27,11 +28,9 @@ import signal
 import statistics
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -40,21 +39,21 @@ ROOT = Path(__file__).resolve().parent
 sys.path[:0] = [str(ROOT), str(ROOT.parent), str(ROOT.parent / "launch")]
 
 from commq.collectives.group import transport_of  # noqa: E402
-from gpt2 import GPT2, MODELS, random_tokens  # noqa: E402
+from gpt2 import MODELS  # noqa: E402
 from lab import gbit, link_bytes, set_rate  # noqa: E402
 from model import milliseconds  # noqa: E402
 from recipe_text import read_recipe, split_recipes  # noqa: E402
-from step_methods import Attached, Method, ddp_methods  # noqa: E402
+from step_methods import Method, ddp_methods  # noqa: E402
+from step_rows import BASELINE, HEAD, Row, line, read_rows  # noqa: E402
+from step_training import Training  # noqa: E402
 from timing import environment  # noqa: E402
 
 RECIPES = "int8 int4 onebit fp8"
-BASELINE = "no communication"
 METHODS: dict[str, Callable[[list[str], int], Iterable[Method]]] = {"ddp": ddp_methods}
 """By --parallel."""
 STEPS = 2, 12
 """Timed steps: as many as fit in SECONDS, but no fewer and no more than these."""
 SECONDS = 5.0
-Row = dict[str, Any]
 
 
 class Worker:
@@ -113,7 +112,7 @@ class Worker:
     def _time(self, method: Method, rate: str) -> Row:
         self._set_rate(rate if method.measures_link else "unshaped")
         transport_of(None).memory.facts.clear()  # what was measured at another rate
-        training = Training(method, self.args, self.device)
+        training = Training(method, self.config, self.args.rows, self.device)
         for _ in range(method.warm_up):
             training.step()
         self._set_rate(rate)
@@ -174,93 +173,6 @@ class Worker:
         total = torch.tensor([value], dtype=torch.float64)
         dist.all_reduce(total, dist.ReduceOp.MAX, group=self.clock)
         return float(total)
-
-
-class Training:
-    """A model, an optimizer and a method."""
-
-    def __init__(self, method: Method, args: argparse.Namespace, device: torch.device) -> None:
-        self.device = device
-        config = MODELS[args.model]
-        torch.manual_seed(0)
-        with device:
-            model = GPT2(config)
-        self.attached: Attached = method.attach(model)
-        self.optimizer = torch.optim.AdamW(self.attached.module.parameters(), lr=1e-4, fused=True)
-        self.tokens = [random_tokens(config, args.rows, seed=4 * dist.get_rank() + i, device=device) for i in range(4)]
-        self.steps = 0
-
-    def step(self) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            loss = self.attached.module(self.tokens[self.steps % len(self.tokens)])
-        loss.backward()
-        self.optimizer.step()
-        self.steps += 1
-
-    def timed_step(self) -> float:
-        """Seconds."""
-        start = time.perf_counter()
-        self.step()
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
-
-    def profile(self, steps: int = 3) -> Row:
-        """Of a step: allocations, memory newly taken from the device, and synchronisations of the host with it."""
-        before = torch.cuda.memory_stats()
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            torch.cuda.set_sync_debug_mode("warn")
-            try:
-                for _ in range(steps):
-                    self.step()
-            finally:
-                torch.cuda.set_sync_debug_mode("default")
-        after = torch.cuda.memory_stats()
-        syncs = [f"{w.filename}:{w.lineno}" for w in caught if "called a synchronizing" in str(w.message)]
-        torch.cuda.synchronize()
-        names = {
-            "allocations": "allocation.all.allocated",
-            "segments": "segment.all.allocated",
-            "retries": "num_alloc_retries",
-        }
-        counts = {name: (after.get(key, 0) - before.get(key, 0)) / steps for name, key in names.items()}
-        return {**counts, "synchronizations": len(syncs) / steps, "where": sorted(set(syncs))}
-
-
-KEY = ("parallel", "model", "rows", "hosts", "ranks_per_host", "rate", "method")
-"""What makes a row the same as another."""
-
-
-def read_rows(path: Path) -> list[Row]:
-    """The newest row of each kind."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    return list({tuple(row[name] for name in KEY): row for row in map(json.loads, lines)}.values())
-
-
-HEAD = (
-    f"{'rate':>9} {'method':<32} {'median':>9} {'fastest':>9} {'slowest':>9} {'expected':>9} {'beyond':>9} ms "
-    f"{'sent MB':>8} {'link MB':>8} {'host us':>8}"
-)
-
-
-def line(row: Row) -> str:
-    """A row of the table; bytes are those of a rank and step."""
-    if "error" in row:
-        return f"{row['rate']:>9} {row['method']:<32} left out: {row['error']}"
-    text = f"{row['rate']:>9} {row['method']:<32} " + " ".join(
-        f"{row[name]:9.1f}" if row.get(name) is not None else f"{'-':>9}"
-        for name in ("median_ms", "fastest_ms", "slowest_ms", "expected_ms", "beyond_ms")
-    )
-    sent = f"{row['sent_bytes'] / 1e6:8.2f}" if row["sent_bytes"] is not None else f"{'-':>8}"
-    host = f"{row['host_us_per_bucket']:8.0f}" if row["host_us_per_bucket"] is not None else f"{'-':>8}"
-    profile = row.get("profile")
-    extra = ""
-    if profile:
-        extra = f"  {profile.get('allocations_beyond', 0.0):+.0f} allocations, {profile['segments']:.1f} segments, "
-        extra += f"{profile['synchronizations']:.1f} synchronizations a step"
-    return f"{text}    {sent} {row['link_bytes'] / 1e6:8.2f} {host}{extra}"
 
 
 def work(args: argparse.Namespace) -> None:

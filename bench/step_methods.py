@@ -107,18 +107,21 @@ def _commq(recipe: commq.Recipe, model: nn.Module) -> Attached:
 
 
 def _wrap(model: nn.Module) -> tuple[Attached, DistributedDataParallel]:
-    """The model in DDP; a hook that is registered now is watched."""
+    """The model in DDP; a hook that is registered now is watched.
+
+    The hook must not hold the module, which holds it where Python's collector does not look.
+    """
     devices = None if next(model.parameters()).device.type == "cpu" else [torch.cuda.current_device()]
     ddp = DistributedDataParallel(model, device_ids=devices, **DDP_OPTIONS)
     attached = Attached(ddp, lambda steps: None)
-    register = ddp.register_comm_hook
+    register, buckets, host_seconds = ddp.register_comm_hook, attached.buckets, attached.host_seconds
 
     def register_watched(state: object, hook: Callable[..., Any]) -> None:
         def watched(state, bucket):  # DDP would read annotations, and not understand strings
-            attached.buckets[bucket.index()] = bucket.buffer().numel()
+            buckets[bucket.index()] = bucket.buffer().numel()
             start = time.perf_counter()
             future = hook(state, bucket)
-            attached.host_seconds.append(time.perf_counter() - start)
+            host_seconds.append(time.perf_counter() - start)
             return future
 
         register(state, watched)

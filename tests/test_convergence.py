@@ -16,7 +16,7 @@ import commq
 from commq.train.config import ModelConfig, OptimizerConfig
 from commq.train.model import GPT, next_byte_loss
 from commq.train.optimizer import make_optimizer
-from convergence import find_gaps, report
+from convergence_report import find_gaps, report
 from convergence_run import Setting
 from harness import run_processes
 from recipe_text import read_recipe

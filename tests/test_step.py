@@ -1,17 +1,23 @@
 """bench/step.py: every method trains on two processes, and bytes and times are what its model says."""
 
 import argparse
+import gc
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
+import torch
 
 sys.path.append(str(Path(__file__).parent.parent / "bench"))
 
 from gpt2 import GPT2, MODELS
 from harness import process_ranks
 from lab import set_rate
-from step import BASELINE, Worker, read_rows
+from step import Worker
+from step_methods import ddp_methods
+from step_rows import BASELINE, read_rows
+from step_training import Training
 
 
 def arguments(**changed):
@@ -62,6 +68,15 @@ def test_every_method_has_a_row():
         compared = worker._compare({**base, "method": "x", "median_ms": 150.0, "sent_bytes": megabytes * 10**6})
         assert compared["expected_ms"] == pytest.approx(expected)
         assert compared["beyond_ms"] == pytest.approx(50.0)
+
+    # A model must not outlive its row: 27 of them do not fit on a GPU.
+    for method in ddp_methods(["int4"], 2):
+        training = Training(method, MODELS["tiny"], 1, torch.device("cpu"))
+        training.step()
+        parameter = weakref.ref(next(training.attached.module.parameters()))
+        del training
+        gc.collect()
+        assert parameter() is None, f"{method.name} keeps its model"
 
 
 def test_the_newest_row_counts(tmp_path):
