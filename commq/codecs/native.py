@@ -51,8 +51,6 @@ def missing(device: torch.device, *formats: Format) -> str:
         return f"the native library has no code for {device.type} tensors"
     if not torch._C._dispatch_has_kernel_for_dispatch_key("commq::encode_bucket", key):
         return f"{LIBRARY} was built without {key} code: nvcc was not found; set CUDA_HOME and install again"
-    if device.type == "cuda" and any(fmt.kind == "levels" for fmt in formats):
-        return "the native library has no CUDA code for tables of levels"
     for fmt in formats:
         if fmt.kind == "levels" and fmt.bits not in _LEVELS_IDS:
             return f"the native library has tables of at most 16 levels, not the {len(fmt.levels)} of {fmt.name}"

@@ -38,10 +38,10 @@ def implementation(backend: str, device: torch.device, *formats: Format) -> Modu
             raise RuntimeError(f"backend='native': {reason}")
         return native
     has_triton = importlib.util.find_spec("triton") is not None
-    large = [fmt.name for fmt in formats if fmt.kind == "levels"]
+    large = [fmt.name for fmt in formats if fmt.kind == "levels" and fmt.bits == 8]
     if backend == "triton" or (backend == "auto" and device.type == "cuda" and has_triton and not large):
         if large:
-            raise RuntimeError(f"backend='triton': it has no tables of levels such as those of {large[0]}")
+            raise RuntimeError(f"backend='triton': it has tables of at most 16 levels, not those of {large[0]}")
         if not has_triton:
             raise RuntimeError("backend='triton': triton is not installed; pip install triton")
         if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
