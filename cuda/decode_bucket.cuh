@@ -12,6 +12,7 @@ __global__ void __launch_bounds__(THREADS, Rotated ? 4 : 5)
   const Layout& layout = args.layout;
   const int64_t i = thread_element(), row = first_row + blockIdx.y;
   const Place at = place(layout, row, i, aligned && layout.chunk_numel % 8 == 0);
+  if constexpr (IS_LEVELS<Codec>) Codec::prepare(layout);
   float x[V] = {};
   if (i < layout.chunk_numel) {
     Source<Codec> source;

@@ -59,7 +59,7 @@ template <class Codec>
 __device__ __forceinline__ void encode_answer(const DecodeSumEncodeArgs& args, const Target& to, const float (&x)[V],
                                               BlockMeetings& meetings, float (&sent)[V]) {
   const Layout& layout = args.answer_layout;
-  const Sent answer = encode_block<Codec>(x, layout, args.random, args.blocks, to, meetings);
+  const Sent answer = encode_any<Codec>(x, layout, args.random, args.blocks, to, meetings);
   if (args.residual != nullptr) decode_block<Codec>(answer.codes, answer.scale, layout.scale, sent);
 }
 
@@ -71,6 +71,7 @@ __global__ void __launch_bounds__(THREADS, std::is_same_v<Codec, Raw> ? 2 : 3)
   const int64_t i = thread_element();
   const bool inside = i < answer.chunk_numel;
   const Place at = place_in_row(answer.chunk_numel, i, aligned);
+  if constexpr (IS_LEVELS<Codec>) Codec::prepare(args.layout);
   float x[V] = {}, sent[V];
   if (inside) {
     sum_messages<Codec>(args, i, aligned, x);
@@ -93,6 +94,13 @@ __global__ void __launch_bounds__(THREADS, std::is_same_v<Codec, Raw> ? 2 : 3)
     case FormatId::e5m2: encode_answer<E5M2>(args, to, x, meetings, sent); break;
     case FormatId::mxfp4:
     case FormatId::nvfp4: encode_answer<E2M1>(args, to, x, meetings, sent); break;
+    case FormatId::levels1:
+    case FormatId::levels2:
+    case FormatId::levels3:
+    case FormatId::levels4:
+      AnswerLevels::prepare(answer);
+      encode_answer<AnswerLevels>(args, to, x, meetings, sent);
+      break;
     default:  // raw; its random numbers count the elements of the chunk
 #pragma unroll
       for (int j = 0; j < V; ++j) sent[j] = x[j];

@@ -24,6 +24,7 @@ struct Sent {
 
 struct BlockMeetings {
   Meeting max, sum;
+  Meeting product, square;  // of levels
 };
 
 // Bytes between the sections are zero. Fewer than 16 after each: the first CTA of a row writes them.

@@ -3,6 +3,7 @@
 
 #include "families.cuh"
 #include "feedback.cuh"
+#include "levels.cuh"
 #include "raw.cuh"
 
 namespace commq::cuda {
@@ -28,6 +29,7 @@ __global__ void __launch_bounds__(THREADS, encode_ctas(Residual, Rotated))
   uint8_t* row = args.wire + row_number * layout.row_stride;
   const Target to{row, i, at.n, at.n, i < layout.chunk_numel, aligned};
 
+  if constexpr (IS_LEVELS<Codec>) Codec::prepare(layout);
   float h[V], e[V], y[V];
   float old_scale = 0.0f;
   load(args.x, args.x_dtype, at, h);
@@ -35,7 +37,7 @@ __global__ void __launch_bounds__(THREADS, encode_ctas(Residual, Rotated))
     old_scale = residual_scale(args, at);
     load_residual(args, at, old_scale, e);
   }
-  zero_padding(row, layout, Codec::BITS);
+  zero_padding(row, layout, IS_LEVELS<Codec> ? code_bits(layout.format) : Codec::BITS);
   if (args.prescale != 1.0f) {
 #pragma unroll
     for (int j = 0; j < V; ++j) h[j] = __fmul_rn(h[j], args.prescale);
@@ -47,7 +49,7 @@ __global__ void __launch_bounds__(THREADS, encode_ctas(Residual, Rotated))
 #pragma unroll
   for (int j = 0; j < V; ++j) y[j] = h[j];
   if constexpr (Rotated) rotate(y, args.rotation, args.signs, i, exchange);
-  const Sent sent = encode_block<Codec>(y, layout, args.random, args.blocks, to, meetings.block);
+  const Sent sent = encode_any<Codec>(y, layout, args.random, args.blocks, to, meetings.block);
 
   if constexpr (Residual) {
     decode_block<Codec>(sent.codes, sent.scale, layout.scale, y);

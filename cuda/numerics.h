@@ -15,6 +15,8 @@ namespace commq {
 
 COMMQ_HOST_DEVICE constexpr bool is_raw(FormatId format) { return format <= FormatId::fp16; }
 
+COMMQ_HOST_DEVICE constexpr bool is_levels(FormatId format) { return format >= FormatId::levels1; }
+
 COMMQ_HOST_DEVICE constexpr int code_bits(FormatId format) {
   switch (format) {
     case FormatId::fp32: return 32;
@@ -29,6 +31,10 @@ COMMQ_HOST_DEVICE constexpr int code_bits(FormatId format) {
     case FormatId::nvfp4: return 4;
     case FormatId::int2: return 2;
     case FormatId::sign: return 1;
+    case FormatId::levels1: return 1;
+    case FormatId::levels2: return 2;
+    case FormatId::levels3: return 3;
+    case FormatId::levels4: return 4;
   }
   return 0;
 }

@@ -1,7 +1,7 @@
 // A thread's elements of one message: what is loaded first (so that several loads are under way) and then decoded.
 #pragma once
 
-#include "encode_block.cuh"
+#include "levels.cuh"
 #include "raw.cuh"
 
 namespace commq::cuda {
@@ -18,6 +18,22 @@ struct Source {
 
   __device__ __forceinline__ void decode(const Layout& layout, float (&x)[V]) const {
     decode_block<Codec>(codes, scale.template value<Codec::FLOAT>(layout.scale), layout.scale, x);
+  }
+};
+
+template <int Hop>
+struct Source<LevelCodes<Hop>> {
+  Codes codes;
+  WireScale scale;
+
+  __device__ __forceinline__ void load(const uint8_t* row, const Layout& layout, int64_t i, bool aligned) {
+    const int bits = code_bits(layout.format);
+    codes = load_levels(row + i / 8 * bits, bits, aligned);
+    scale.template load<false>(row, layout, i, aligned);
+  }
+
+  __device__ __forceinline__ void decode(const Layout& layout, float (&x)[V]) const {
+    decode_block<LevelCodes<Hop>>(codes, scale.template value<false>(layout.scale), layout.scale, x);
   }
 };
 

@@ -16,14 +16,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from codec_cases import FORMAT_SCALES, Case, assert_same, run_case
+from codec_cases import SWEEP, Case, assert_same, run_case
 from commq.codecs import native, reference
 from commq.codecs.formats import FORMATS, get_format
 from commq.codecs.reference import Blocks, Coding
 from commq.codecs.rotation import Rotation
 from commq.codecs.wire import Layout
 
-ROUND = len(FORMAT_SCALES)
+ROUND = len(SWEEP)
 """Cases in which every format and scale comes once."""
 
 

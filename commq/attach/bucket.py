@@ -171,7 +171,7 @@ def _code(
     unit, device, fmt, answer = recipe.unit, buffer.device, members[0].format, members[0].answer
     feeds_back = recipe.feedback.rule != "none"
     # A rotation and sign codes send something for padding, too. Its residual must not depend on the bucket.
-    leaks = feeds_back and (recipe.rotation is not None or fmt.kind == "sign")
+    leaks = feeds_back and (recipe.rotation is not None or fmt.kind in ("sign", "levels"))
     in_place = alone and all(m.offset % unit == 0 and not (leaks and m.numel % unit) for m in members)
     segments, end = [], 0
     for m in members:

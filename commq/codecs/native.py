@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from commq.codecs.formats import FORMATS, SCALE_BYTES
+from commq.codecs.formats import FITS, FORMATS, SCALE_BYTES, Format
 from commq.codecs.reference import Blocks, Coding
 from commq.codecs.rotation import Rotation
 from commq.codecs.wire import Layout
@@ -21,6 +21,7 @@ from commq.codecs.wire import Layout
 LIBRARY = Path(__file__).resolve().parent.parent / "_native.so"
 
 _FORMAT_IDS = {name: number for number, name in enumerate(FORMATS)}
+_LEVELS_IDS = {bits: len(FORMATS) + bits - 1 for bits in (1, 2, 3, 4)}
 _SCALE_IDS = {name: number for number, name in enumerate(SCALE_BYTES)}
 
 
@@ -41,8 +42,8 @@ def _load() -> str:
 _MISSING = _load()
 
 
-def missing(device: torch.device) -> str:
-    """Why tensors on `device` cannot be coded natively; "" if they can."""
+def missing(device: torch.device, *formats: Format) -> str:
+    """Why tensors on `device` cannot be coded natively in all these formats; "" if they can."""
     if _MISSING:
         return _MISSING
     key = {"cpu": "CPU", "cuda": "CUDA"}.get(device.type)
@@ -50,12 +51,15 @@ def missing(device: torch.device) -> str:
         return f"the native library has no code for {device.type} tensors"
     if not torch._C._dispatch_has_kernel_for_dispatch_key("commq::encode_bucket", key):
         return f"{LIBRARY} was built without {key} code: nvcc was not found; set CUDA_HOME and install again"
+    for fmt in formats:
+        if fmt.kind == "levels" and fmt.bits not in _LEVELS_IDS:
+            return f"the native library has tables of at most 16 levels, not the {len(fmt.levels)} of {fmt.name}"
     return ""
 
 
-def available(device: torch.device) -> bool:
-    """Whether tensors on `device` can be coded natively."""
-    return not missing(device)
+def available(device: torch.device, *formats: Format) -> bool:
+    """Whether tensors on `device` can be coded natively in all these formats."""
+    return not missing(device, *formats)
 
 
 def _numbers(layout: Layout) -> list[int]:
@@ -64,7 +68,7 @@ def _numbers(layout: Layout) -> list[int]:
     if numbers is None:
         fmt = layout.format
         numbers = [
-            _FORMAT_IDS[fmt.name],
+            _LEVELS_IDS[fmt.bits] if fmt.kind == "levels" else _FORMAT_IDS[fmt.name],
             _SCALE_IDS[fmt.scale],
             fmt.block,
             fmt.group,
@@ -75,6 +79,9 @@ def _numbers(layout: Layout) -> list[int]:
             layout.groups_offset,
             layout.chunk_bytes,
         ]
+        if fmt.kind == "levels":
+            floats = [1 / fmt.spread**2 if fmt.spread else 0.0, *fmt.levels]
+            numbers += [FITS.index(fmt.fit), *torch.tensor(floats, dtype=torch.float32).view(torch.int32).tolist()]
         layout.__dict__["_native_numbers"] = numbers
     return numbers
 

@@ -90,7 +90,9 @@ def make_messages(
     backend: str = "auto",
 ) -> Iterator[Message]:
     """The pieces of a message, in order."""
-    codec = implementation(backend, operands[0].x_N.device)
+    layouts = [layout for plan in plans for part in plan.parts for layout in (part.layout, part.answer, part.inside)]
+    tables = {layout.format for layout in layouts if layout.format.kind == "levels"}
+    codec = implementation(backend, operands[0].x_N.device, *tables)
     divisor = float(transport.world_size) if average else 1.0
     starts = [0] * len(operands)
     for plan in plans:
