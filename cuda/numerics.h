@@ -39,16 +39,8 @@ COMMQ_HOST_DEVICE constexpr int code_bits(FormatId format) {
   return 0;
 }
 
-COMMQ_HOST_DEVICE constexpr int scale_bytes(ScaleId scale) {
-  switch (scale) {
-    case ScaleId::none: return 0;
-    case ScaleId::fp32: return 4;
-    case ScaleId::bf16: return 2;
-    case ScaleId::e8m0:
-    case ScaleId::e4m3: return 1;
-  }
-  return 0;
-}
+// 0, 4, 2, 1, 1 in the order of ScaleId; a table in a word costs a kernel less than a switch.
+COMMQ_HOST_DEVICE constexpr int scale_bytes(ScaleId scale) { return 0x11240 >> (4 * static_cast<int>(scale)) & 7; }
 
 // 128 random bits. Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011), Philox4x32-10.
 struct Philox {

@@ -211,14 +211,18 @@ const float* signs_of(const std::optional<Tensor>& signs, int64_t rotation, cons
   return static_cast<const float*>(pointer);
 }
 
-Random random_of(bool stochastic, int64_t seed, int64_t stream, int64_t step) {
-  return {stochastic, static_cast<uint32_t>(seed), static_cast<uint32_t>(stream), static_cast<uint64_t>(step)};
+// `coding`: run length of the rotation or 0, whether rounding is stochastic, seed, stream, step. One list of them is
+// cheaper for the host than five arguments.
+Random random_of(const Numbers& coding) {
+  STD_TORCH_CHECK(coding.size() == 5, "a coding is 5 numbers, found ", coding.size());
+  return {coding[1] != 0, static_cast<uint32_t>(coding[2]), static_cast<uint32_t>(coding[3]),
+          static_cast<uint64_t>(coding[4])};
 }
 
-void encode_bucket(const Tensor& x, const Tensor& wire, const Numbers& numbers, double prescale,
+void encode_bucket(const Tensor& x, const Tensor& wire, const Numbers& numbers, const Numbers& coding, double prescale,
                    const std::optional<Tensor>& residual, const std::optional<Tensor>& residual_scales, double decay,
-                   int64_t rotation, const std::optional<Tensor>& signs, bool stochastic, int64_t seed, int64_t stream,
-                   int64_t step, const std::optional<Tensor>& ids, const std::optional<Tensor>& valid) {
+                   const std::optional<Tensor>& signs, const std::optional<Tensor>& ids,
+                   const std::optional<Tensor>& valid) {
   const Device device(x);
   EncodeArgs args{};
   args.layout = layout_of(numbers, wire, "wire", device, false);
@@ -246,9 +250,9 @@ void encode_bucket(const Tensor& x, const Tensor& wire, const Numbers& numbers, 
   }
   args.decay = static_cast<float>(decay);
   args.gain = static_cast<float>(1.0 - decay);
-  args.rotation = static_cast<int32_t>(rotation);
-  args.signs = signs_of(signs, rotation, args.layout, device);
-  args.random = random_of(stochastic, seed, stream, step);
+  args.random = random_of(coding);
+  args.rotation = static_cast<int32_t>(coding[0]);
+  args.signs = signs_of(signs, coding[0], args.layout, device);
   args.blocks = blocks_of(ids, valid, args.layout, args.layout.rows, -1, device);
   COMMQ_RUN(encode_bucket, device, args);
 }
@@ -280,9 +284,8 @@ void decode_sum(const Tensor& wire, const Numbers& numbers, double divisor, cons
 }
 
 void decode_sum_encode(const Tensor& wire, const Numbers& numbers, const Tensor& answer, const Numbers& answer_numbers,
-                       int64_t chunk, double divisor, const std::optional<Tensor>& residual, bool stochastic,
-                       int64_t seed, int64_t stream, int64_t step, const std::optional<Tensor>& ids,
-                       const std::optional<Tensor>& valid) {
+                       const Numbers& coding, int64_t chunk, double divisor, const std::optional<Tensor>& residual,
+                       const std::optional<Tensor>& ids, const std::optional<Tensor>& valid) {
   const Device device(wire);
   DecodeSumEncodeArgs args{};
   args.layout = layout_of(numbers, wire, "wire", device, true);
@@ -300,7 +303,7 @@ void decode_sum_encode(const Tensor& wire, const Numbers& numbers, const Tensor&
   if (residual.has_value())
     args.residual =
         static_cast<float*>(data(*residual, "residual", device, ScalarType::Float, args.layout.chunk_numel));
-  args.random = random_of(stochastic, seed, stream, step);
+  args.random = random_of(coding);
   args.blocks = blocks_of(ids, valid, args.answer_layout, chunks, chunk, device);
   COMMQ_RUN(decode_sum_encode, device, args);
 }
@@ -316,15 +319,14 @@ void implement(torch::stable::detail::StableLibrary& ops) {
 
 STABLE_TORCH_LIBRARY(commq, ops) {
   ops.def(
-      "encode_bucket(Tensor x, Tensor(a!) wire, int[] layout, float prescale, Tensor(b!)? residual, "
-      "Tensor(c!)? residual_scales, float decay, int rotation, Tensor? signs, bool stochastic, int seed, int stream, "
-      "int step, Tensor? ids, Tensor? valid) -> ()");
+      "encode_bucket(Tensor x, Tensor(a!) wire, int[] layout, int[] coding, float prescale, Tensor(b!)? residual, "
+      "Tensor(c!)? residual_scales, float decay, Tensor? signs, Tensor? ids, Tensor? valid) -> ()");
   ops.def(
       "decode_bucket(Tensor wire, int[] layout, Tensor(a!) out, int rotation, Tensor? signs, bool accumulate) -> ()");
   ops.def("decode_sum(Tensor wire, int[] layout, float divisor, Tensor(a!) out) -> ()");
   ops.def(
-      "decode_sum_encode(Tensor wire, int[] layout, Tensor(a!) answer, int[] answer_layout, int chunk, float divisor, "
-      "Tensor(b!)? residual, bool stochastic, int seed, int stream, int step, Tensor? ids, Tensor? valid) -> ()");
+      "decode_sum_encode(Tensor wire, int[] layout, Tensor(a!) answer, int[] answer_layout, int[] coding, int chunk, "
+      "float divisor, Tensor(b!)? residual, Tensor? ids, Tensor? valid) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(commq, CPU, ops) { implement(ops); }
