@@ -52,7 +52,7 @@ class Operand:
     """Numbering of the blocks inside a host, where those are of another length than `blocks`."""
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class PartOperand:
     """The run of an operand that a part covers."""
 
@@ -60,6 +60,7 @@ class PartOperand:
     x: Tensor
     out: Tensor
     coding: Coding
+    """Exchanged again with other random bits: see `Message.set_step`."""
     blocks: Blocks | None
     answer_blocks: Blocks | None
     residual: Tensor | None
@@ -121,6 +122,12 @@ class Message:
     @cached_property
     def parts(self) -> list[PartOperand]:
         return [self._part_operand(part) for part in self.plan.parts]
+
+    def set_step(self, step: int) -> None:
+        """The same tensors are exchanged in optimizer step `step`: the counter of random bits follows."""
+        for part in self.parts:
+            if part.coding.step != step:
+                part.coding = replace(part.coding, step=step)
 
     def take(self, rows: int, nbytes: int) -> Tensor:
         """A buffer of (rows, nbytes); zeros where parts leave gaps, so that what is sent is never stale memory."""
