@@ -154,7 +154,7 @@ __global__ void __launch_bounds__(THREADS, 4)
 
 template <class Codec>
 void launch_decode_sum_encode(const DecodeSumEncodeArgs& args, const Launch& launch) {
-  if constexpr (!std::is_same_v<Codec, Raw>) {
+  if constexpr (!std::is_same_v<Codec, Raw> && !IS_LEVELS<Codec>) {
     const FormatId answer = args.answer_layout.format;
     const bool plain = launch.aligned && args.residual == nullptr && !args.random.stochastic;
     if (plain && answer == FormatId::fp32) return launch(decode_sum_plain_kernel<Codec, Raw>, args);

@@ -41,10 +41,13 @@ struct Source<LevelCodes<Hop>> {
   Codes codes;
   WireScale scale;
 
-  __device__ __forceinline__ void load(const uint8_t* row, const Layout& layout, int64_t i, bool aligned) {
-    const int bits = code_bits(layout.format);
-    codes = load_levels(row + i / 8 * bits, bits, aligned);
-    scale.template load<false>(row, layout, i, aligned);
+  static __device__ __forceinline__ Offsets offsets(const Layout& layout, int64_t i) {
+    return {layout, i, code_bits(layout.format)};
+  }
+
+  __device__ __forceinline__ void load(const uint8_t* row, const Layout& layout, const Offsets& at, bool aligned) {
+    codes = load_levels(row + at.codes, code_bits(layout.format), aligned);
+    scale.template load<false>(layout.scale, row + at.scale, row + at.group, aligned);
   }
 
   __device__ __forceinline__ void decode(const Layout& layout, float (&x)[V]) const {
