@@ -114,10 +114,21 @@ GATES = (
 
 
 def report(rows: list[Row]) -> str:
-    """The table and the gates."""
+    """Tables and gates: those of each setting, if there are several."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(key_of({**row, "recipe": "", "seed": 0}), []).append(row)
+    return "\n\n".join(_report(group) for group in groups.values())
+
+
+def _report(rows: list[Row]) -> str:
     gaps = sorted(find_gaps(rows), key=lambda gap: (-gap.bits, gap.mean))
+    first = rows[0]
+    model, rate = first["model"], first["optimizer"]["lr"]
     lines = [
-        f"{'recipe':<44} {'bytes':>6} {'val loss':>8} {'sd of seeds':>11} {'gap %':>8} {'std error':>9} {'seeds':>5}"
+        f"{first['world_size']} ranks, {first['steps']} steps of {first['update']} at {rate:g}, "
+        f"{model['layers']} layers of {model['dim']}",
+        f"{'recipe':<44} {'bytes':>6} {'val loss':>8} {'sd of seeds':>11} {'gap %':>8} {'std error':>9} {'seeds':>5}",
     ]
     for gap in gaps:
         lines.append(

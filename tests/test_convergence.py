@@ -131,6 +131,12 @@ def test_gate_of_int4(losses, verdict):
     assert found.get("int4, the default") == verdict
 
 
+def test_settings_are_not_mixed():
+    rows = [row("fp32", seed, 1.0, 32) for seed in range(2)] + [row("int4", seed, 1.0) for seed in range(2)]
+    others = [{**each, "steps": 10, "val_loss": 2.0 * each["val_loss"] + (each["bits"] == 4)} for each in rows]
+    assert [line[:4] for line in report([*rows, *others]).splitlines() if "int4, the" in line] == ["PASS", "FAIL"]
+
+
 def test_a_diverged_run_fails_and_the_control_must():
     base = [row("fp32", seed, 1.0, 32) for seed in range(2)]
     found = verdicts([*base, *(row("int2", seed, None, 2) for seed in range(2))])
