@@ -34,6 +34,21 @@ struct Source {
   __device__ __forceinline__ void decode(const Layout& layout, float (&x)[V]) const {
     decode_block<Codec>(codes, scale.template value<Codec::FLOAT>(layout.scale), layout.scale, x);
   }
+
+  __device__ __forceinline__ void add(const Layout& layout, float (&x)[V]) const {
+    float message[V];
+    if constexpr (std::is_same_v<Codec, Sign>) {  // +-scale is exact: the multiply-add rounds once, as the sum does
+      Codec::values(codes.halves[0], eight<0>(message));
+      Codec::values(codes.halves[1], eight<1>(message));
+      const float magnitude = scale.template value<false>(layout.scale);
+#pragma unroll
+      for (int j = 0; j < V; ++j) x[j] = __fmaf_rn(message[j], magnitude, x[j]);
+    } else {
+      decode(layout, message);
+#pragma unroll
+      for (int j = 0; j < V; ++j) x[j] = __fadd_rn(x[j], message[j]);
+    }
+  }
 };
 
 template <int Hop>
@@ -69,6 +84,11 @@ struct Source<Raw> {
   __device__ __forceinline__ void decode(const Layout&, float (&x)[V]) const {
 #pragma unroll
     for (int j = 0; j < V; ++j) x[j] = elements[j];
+  }
+
+  __device__ __forceinline__ void add(const Layout&, float (&x)[V]) const {
+#pragma unroll
+    for (int j = 0; j < V; ++j) x[j] = __fadd_rn(x[j], elements[j]);
   }
 };
 
