@@ -10,6 +10,7 @@ and GradScaler's search for infinities therefore run on what was really exchange
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from commq.attach.answer_residual import AnswerResidual
 from commq.attach.bucket import Bucket, Member, bind_answers, make_bucket
+from commq.codecs.formats import Format
 from commq.codecs.reference import Coding
 from commq.collectives.hosts import find_hosts
 from commq.collectives.message import make_messages
@@ -30,6 +32,7 @@ from commq.collectives.route import Route, find_route
 from commq.collectives.schedule import Exchange
 from commq.collectives.transport import C10d, check_equal
 from commq.feedback.residual import Residual
+from commq.policy.levels import Adapt, measure
 from commq.policy.phase import Progress
 from commq.policy.rule import check_rules
 from commq.recipe import Recipe
@@ -62,6 +65,9 @@ class HookState:
         self.residual = Residual(self.recipe.feedback, self.recipe.format.block)
         self.answer_residual = AnswerResidual(self.transport) if self.recipe.answer_feedback.rule != "none" else None
         self.progress = Progress(self.recipe.phases)
+        self.levels: tuple[float, ...] = self.recipe.format.levels
+        """Of the recipe's format, as they are now: see `Recipe.adapt`."""
+        self._measured: list[tuple[float, ...]] = []
         self.step = 0
         self._raw_bytes = self._sent_bytes = 0
         self._clock = _Clock()
@@ -107,6 +113,7 @@ class HookState:
             "raw_bytes": self._raw_bytes,
             "sent_bytes": self._sent_bytes,
             "progress": self.progress.state_dict(),
+            "levels": list(self.levels),
             "residual": self.residual.state_dict() | answer,
         }
 
@@ -126,6 +133,7 @@ class HookState:
         if self.answer_residual is not None:
             self.answer_residual.load_state_dict(state["residual"]["answer"])
         self.progress.load_state_dict(state["progress"])
+        self._set_levels(tuple(state["levels"]))
         self.step, self._raw_bytes, self._sent_bytes = state["step"], state["raw_bytes"], state["sent_bytes"]
 
     def exchange(self, grads: GradBucket) -> Tensor:
@@ -141,6 +149,8 @@ class HookState:
             self._raw_bytes += raw_bytes(buffer.numel(), self.transport.world_size)
             self._sent_bytes += self.transport.memory.sent_bytes - sent_before
         if grads.is_last():
+            if self.recipe.adapt is not None and self.recipe.adapt.due(self.step):
+                self._adapt(self.recipe.adapt)
             self.step += 1
             if self.answer_residual is not None:
                 self.answer_residual.settle()
@@ -158,6 +168,10 @@ class HookState:
             return
         recipe = self.recipe
         tensors = bucket.gather(buffer)
+        if recipe.adapt is not None and recipe.adapt.due(self.step):
+            for source, x_N in zip(bucket.sources, tensors, strict=True):
+                if source.format == self._adapted(recipe.format):
+                    self._measured.append(tuple(measure(x_N, source.format).tolist()))
         operands = [
             group.operand(x_N, self._coding(), recipe.feedback.weight)
             for group, x_N in zip(bucket.groups, tensors, strict=True)
@@ -165,6 +179,23 @@ class HookState:
         messages = make_messages(route.plans, operands, self.transport, average=True, backend=self.backend)
         Exchange(map(route.build, messages)).finish()
         bucket.scatter(buffer, tensors)
+
+    def _adapt(self, adapt: Adapt) -> None:
+        """New levels from what all ranks measured in this step."""
+        shared = [rows for rows in self.transport.share(self._measured) if rows]
+        self._measured = []
+        if shared:
+            weights = [sum(column) for column in zip(*(row for rows in shared for row in rows), strict=True)]
+            self._set_levels(adapt.adapted(self._adapted(self.recipe.format), weights).levels)
+
+    def _set_levels(self, levels: tuple[float, ...]) -> None:
+        if levels != self.levels:
+            self.levels = levels
+            self._buckets.clear()
+
+    def _adapted(self, fmt: Format) -> Format:
+        """A format as it is now: the recipe's own with its present levels."""
+        return replace(fmt, levels=self.levels) if self.recipe.adapt is not None and fmt == self.recipe.format else fmt
 
     def _coding(self) -> Coding:
         recipe = self.recipe
@@ -187,7 +218,7 @@ class HookState:
         for p in parameters:
             name, first_unit = self._member(p)
             fmt, answer = self.recipe.formats_of(name, tuple(p.shape), p.numel(), self.progress.index)
-            members.append(Member(name, offset, p.numel(), fmt, answer, first_unit))
+            members.append(Member(name, offset, p.numel(), self._adapted(fmt), self._adapted(answer), first_unit))
             offset += p.numel()
         if self._two_levels is None:
             wants = self.recipe.schedule in ("two_hop", "auto")
