@@ -22,6 +22,7 @@ from commq.policy.exempt import Exempt
 from commq.policy.levels import Adapt
 from commq.policy.phase import Phase
 from commq.policy.rule import Rule
+from commq.policy.widths import Widths
 
 _KINDS = {
     "format": Format,
@@ -56,8 +57,8 @@ class Recipe:
     exempt: Exempt = Exempt()
     rules: tuple[Rule, ...] = ()
     """Formats of parameters by name; the first rule that matches holds."""
-    adapt: Adapt | None = None
-    """When and how the levels of `format` (a table, rounded stochastically) follow the gradients."""
+    adapt: Adapt | Widths | None = None
+    """When and how `format` follows the gradients: its levels (a table, rounded stochastically), or its bits (eden)."""
     phases: tuple[Phase, ...] = ()
     """What holds before the recipe's own formats do, one after the other."""
     seed: int = 0
@@ -94,8 +95,16 @@ class Recipe:
     def _check_adapt(self) -> None:
         if self.adapt is None:
             return
+        if isinstance(self.adapt, Widths):
+            plain = self.feedback.rule == self.answer_feedback.rule == "none" and self.answer is not None
+            if self.format.fit != "unbiased" or not plain:
+                raise ValueError(
+                    f"adapt={self.adapt} with format {self.format.name!r} and answer {self.answer}: expected one of "
+                    "eden1 to eden4, an answer of its own, and no feedback"
+                )
+            return
         if not isinstance(self.adapt, Adapt):
-            raise ValueError(f"adapt={self.adapt!r}: expected a commq.Adapt")
+            raise ValueError(f"adapt={self.adapt!r}: expected a commq.Adapt or commq.Widths")
         fixed = self.answer_feedback.rule != "none" or self.rounding != "stochastic"
         positive = tuple(level for level in self.format.levels if level > 0)
         tables = (symmetric(positive, zero) for zero in (False, True)) if positive else ()

@@ -17,6 +17,7 @@ from commq.policy.exempt import Exempt
 from commq.policy.levels import Adapt
 from commq.policy.phase import Phase
 from commq.policy.rule import Rule
+from commq.policy.widths import Widths
 from commq.recipe import Recipe
 
 _RECIPES = {
@@ -124,6 +125,15 @@ _RECIPES = {
                 adapt=Adapt(method=method),
             )
             for method in ("alq", "amq")
+        ),
+        # Double Quantization (Yu et al. 2019): both directions, and as many bits as the gradients ask for. See
+        # policy/widths.py. Parameters travel once, in DDP's own broadcast; the answer has a fixed width.
+        Recipe(
+            name="double-quantization",
+            format=get_format("eden2"),
+            answer=get_format("eden4"),
+            rotation=Rotation(size=1024, signs=True),
+            adapt=Widths(),
         ),
         # 8-bit approximations (Dettmers 2015): a tree of levels, finer near 0; nearest, no memory. Top: 1, not 0.993.
         Recipe(name="dynamic8", format=get_format("dynamic8")),

@@ -10,12 +10,13 @@ import torch.distributed as dist
 import commq
 from commq.codecs import reference
 from commq.codecs.formats import LEVEL_FORMATS, get_format
-from commq.codecs.levels import dynamic_tree
+from commq.codecs.levels import dynamic_tree, relative_error
 from commq.codecs.ops import decode, encode
 from commq.codecs.reference import Coding
 from commq.codecs.wire import Layout
 from commq.collectives.all_reduce import answer_residual_numel
-from commq.policy.levels import Adapt, measure, variance
+from commq.policy.levels import Adapt, histogram, variance
+from commq.policy.widths import Widths
 from harness import thread_ranks
 from placements import neighbours, pretend
 
@@ -217,7 +218,7 @@ def test_dynamic_tree_is_finer_near_zero():
 def test_adapted_levels_lose_less(name):
     """On skewed data the variance falls by a third or more, as the histogram says and as it is measured."""
     recipe, x = commq.recipe(name), skewed(1 << 16)
-    weights = measure(x, recipe.format).tolist()
+    weights = histogram(x, recipe.format).tolist()
     adapted = recipe.adapt.adapted(recipe.format, weights)
     assert variance(adapted.levels, weights) < variance(recipe.format.levels, weights) * 2 / 3
 
@@ -232,7 +233,7 @@ def test_adapted_levels_lose_less(name):
 def test_alq_levels_are_best_one_by_one():
     """Coordinate descent ends where no level alone can be moved to any gain."""
     fmt = get_format("alq3")
-    weights = measure(skewed(1 << 14), fmt).tolist()
+    weights = histogram(skewed(1 << 14), fmt).tolist()
     found = Adapt(method="alq").adapted(fmt, weights)
     least = variance(found.levels, weights)
     positive = [level for level in found.levels if level > 0]
@@ -248,10 +249,10 @@ def test_histograms_do_not_depend_on_order_or_on_what_is_not_finite():
     fmt = get_format("alq3")
     x = skewed(64 * fmt.block)
     blocks = x.view(64, -1)
-    assert torch.equal(measure(x, fmt), measure(blocks.flip(0).reshape(-1), fmt))
+    assert torch.equal(histogram(x, fmt), histogram(blocks.flip(0).reshape(-1), fmt))
     with_nan = torch.cat((blocks, torch.full((1, fmt.block), torch.nan))).view(-1)
-    assert torch.equal(measure(with_nan, fmt), measure(x, fmt))
-    assert measure(torch.zeros(1000), fmt).sum() == 0
+    assert torch.equal(histogram(with_nan, fmt), histogram(x, fmt))
+    assert histogram(torch.zeros(1000), fmt).sum() == 0
     assert Adapt().adapted(fmt, [0.0] * 512) == fmt
 
 
@@ -266,6 +267,19 @@ def test_when_levels_are_adapted():
     ):
         with pytest.raises(ValueError, match=says):
             commq.recipe(recipe)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_widths_are_the_fewest_bits_that_keep_the_error_below_mu(bits):
+    """A pure function of squares: with equal gradients on W ranks, d / W <= mu decides."""
+    fmt, world = get_format("eden4"), 4
+    local = 100.0
+    mean = local * (1 + relative_error(4) / world)  # as measured in 4 bits
+    for factor, expected in ((1.001, bits), (0.999, min(bits + 1, 4))):
+        chosen = Widths(mu=relative_error(bits) / world * factor).adapted(fmt, [local, mean], world)
+        assert chosen == get_format(f"eden{expected}")
+    # The mean vanishes beside what ranks send, or nothing is known of it: as many bits as there are.
+    assert Widths().adapted(fmt, [local, 0.0], world) == get_format("eden4")
 
 
 def test_every_named_table_runs_from_minus_one_to_one():

@@ -8,7 +8,18 @@ import commq
 
 METHODS = [
     *("qsgd", "loco", "tlq-hs", "loco-two-hop", "onebit-sgd", "doublesqueeze", "ef-signsgd", "thc"),
-    *("eden1", "eden2", "eden3", "eden4", "eden2-feedback", "alq3", "amq3", "dynamic8", "marsit"),
+    *(
+        "eden1",
+        "eden2",
+        "eden3",
+        "eden4",
+        "eden2-feedback",
+        "alq3",
+        "amq3",
+        "double-quantization",
+        "dynamic8",
+        "marsit",
+    ),
 ]
 
 

@@ -10,7 +10,6 @@ and GradScaler's search for infinities therefore run on what was really exchange
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from commq.attach.answer_residual import AnswerResidual
 from commq.attach.bucket import Bucket, Member, bind_answers, make_bucket
-from commq.codecs.formats import Format
 from commq.codecs.reference import Coding
 from commq.collectives.hosts import find_hosts
 from commq.collectives.message import make_messages
@@ -32,7 +30,7 @@ from commq.collectives.route import Route, find_route
 from commq.collectives.schedule import Exchange
 from commq.collectives.transport import C10d, check_equal
 from commq.feedback.residual import Residual
-from commq.policy.levels import Adapt, measure
+from commq.policy.adaptation import Adaptation
 from commq.policy.phase import Progress
 from commq.policy.rule import check_rules
 from commq.recipe import Recipe
@@ -65,9 +63,7 @@ class HookState:
         self.residual = Residual(self.recipe.feedback, self.recipe.format.block)
         self.answer_residual = AnswerResidual(self.transport) if self.recipe.answer_feedback.rule != "none" else None
         self.progress = Progress(self.recipe.phases)
-        self.levels: tuple[float, ...] = self.recipe.format.levels
-        """Of the recipe's format, as they are now: see `Recipe.adapt`."""
-        self._measured: list[tuple[float, ...]] = []
+        self.adaptation = Adaptation(self.recipe.adapt, self.recipe.format)
         self.step = 0
         self._raw_bytes = self._sent_bytes = 0
         self._clock = _Clock()
@@ -113,7 +109,7 @@ class HookState:
             "raw_bytes": self._raw_bytes,
             "sent_bytes": self._sent_bytes,
             "progress": self.progress.state_dict(),
-            "levels": list(self.levels),
+            "adaptation": self.adaptation.state_dict(),
             "residual": self.residual.state_dict() | answer,
         }
 
@@ -133,7 +129,8 @@ class HookState:
         if self.answer_residual is not None:
             self.answer_residual.load_state_dict(state["residual"]["answer"])
         self.progress.load_state_dict(state["progress"])
-        self._set_levels(tuple(state["levels"]))
+        self.adaptation.load_state_dict(state["adaptation"])
+        self._buckets.clear()
         self.step, self._raw_bytes, self._sent_bytes = state["step"], state["raw_bytes"], state["sent_bytes"]
 
     def exchange(self, grads: GradBucket) -> Tensor:
@@ -149,8 +146,10 @@ class HookState:
             self._raw_bytes += raw_bytes(buffer.numel(), self.transport.world_size)
             self._sent_bytes += self.transport.memory.sent_bytes - sent_before
         if grads.is_last():
-            if self.recipe.adapt is not None and self.recipe.adapt.due(self.step):
-                self._adapt(self.recipe.adapt)
+            if self.adaptation.due(self.step):
+                shared = self.transport.share(self.adaptation.rows())
+                if self.adaptation.settle(shared, self.transport.world_size):
+                    self._buckets.clear()
             self.step += 1
             if self.answer_residual is not None:
                 self.answer_residual.settle()
@@ -168,34 +167,16 @@ class HookState:
             return
         recipe = self.recipe
         tensors = bucket.gather(buffer)
-        if recipe.adapt is not None and recipe.adapt.due(self.step):
-            for source, x_N in zip(bucket.sources, tensors, strict=True):
-                if source.format == self._adapted(recipe.format):
-                    self._measured.append(tuple(measure(x_N, source.format).tolist()))
+        measured = [x_N.clone() for x_N in tensors] if self.adaptation.due(self.step) else []
         operands = [
             group.operand(x_N, self._coding(), recipe.feedback.weight)
             for group, x_N in zip(bucket.groups, tensors, strict=True)
         ]
         messages = make_messages(route.plans, operands, self.transport, average=True, backend=self.backend)
         Exchange(map(route.build, messages)).finish()
+        for source, x_N, mean_N in zip(bucket.sources, measured, tensors, strict=bool(measured)):
+            self.adaptation.measure(x_N, mean_N, source.format)
         bucket.scatter(buffer, tensors)
-
-    def _adapt(self, adapt: Adapt) -> None:
-        """New levels from what all ranks measured in this step."""
-        shared = [rows for rows in self.transport.share(self._measured) if rows]
-        self._measured = []
-        if shared:
-            weights = [sum(column) for column in zip(*(row for rows in shared for row in rows), strict=True)]
-            self._set_levels(adapt.adapted(self._adapted(self.recipe.format), weights).levels)
-
-    def _set_levels(self, levels: tuple[float, ...]) -> None:
-        if levels != self.levels:
-            self.levels = levels
-            self._buckets.clear()
-
-    def _adapted(self, fmt: Format) -> Format:
-        """A format as it is now: the recipe's own with its present levels."""
-        return replace(fmt, levels=self.levels) if self.recipe.adapt is not None and fmt == self.recipe.format else fmt
 
     def _coding(self) -> Coding:
         recipe = self.recipe
@@ -218,7 +199,9 @@ class HookState:
         for p in parameters:
             name, first_unit = self._member(p)
             fmt, answer = self.recipe.formats_of(name, tuple(p.shape), p.numel(), self.progress.index)
-            members.append(Member(name, offset, p.numel(), self._adapted(fmt), self._adapted(answer), first_unit))
+            members.append(
+                Member(name, offset, p.numel(), self.adaptation.now(fmt), self.adaptation.now(answer), first_unit)
+            )
             offset += p.numel()
         if self._two_levels is None:
             wants = self.recipe.schedule in ("two_hop", "auto")

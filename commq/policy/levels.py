@@ -50,8 +50,13 @@ class Adapt:
         """Whether the gradients of step number `step` are measured."""
         return step in self.first or (self.every > 0 and step > 0 and step % self.every == 0)
 
-    def adapted(self, fmt: Format, weights: Sequence[float]) -> Format:
-        """`fmt` with the levels that suit a histogram (see `measure`); the same one if nothing was measured."""
+    def measure(self, x_N: Tensor, mean_N: Tensor, fmt: Format) -> list[float]:
+        """The histogram of this rank's gradient. Waits for the device."""
+        weights: list[float] = histogram(x_N, fmt).tolist()
+        return weights
+
+    def adapted(self, fmt: Format, weights: Sequence[float], world_size: int = 1) -> Format:
+        """`fmt` with the levels that suit a histogram; the same one if nothing was measured."""
         if not sum(weights) > 0:
             return fmt
         positive = tuple(level for level in fmt.levels if level > 0)
@@ -60,7 +65,7 @@ class Adapt:
         return replace(fmt, levels=symmetric(found, zero))
 
 
-def measure(x_N: Tensor, fmt: Format) -> Tensor:
+def histogram(x_N: Tensor, fmt: Format) -> Tensor:
     """float64 (BINS,): the weight of elements by |x| / max|block|. Blocks that are not finite do not count.
 
     Weights are whole multiples of 2**-24 of the largest, so their sums do not depend on the order of additions.
