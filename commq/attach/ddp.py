@@ -166,17 +166,17 @@ class HookState:
         if not bucket.groups:
             return
         recipe = self.recipe
+        own = buffer.clone() if self.adaptation.due(self.step) else None
         tensors = bucket.gather(buffer)
-        measured = [x_N.clone() for x_N in tensors] if self.adaptation.due(self.step) else []
         operands = [
             group.operand(x_N, self._coding(), recipe.feedback.weight)
             for group, x_N in zip(bucket.groups, tensors, strict=True)
         ]
         messages = make_messages(route.plans, operands, self.transport, average=True, backend=self.backend)
         Exchange(map(route.build, messages)).finish()
-        for source, x_N, mean_N in zip(bucket.sources, measured, tensors, strict=bool(measured)):
-            self.adaptation.measure(x_N, mean_N, source.format)
         bucket.scatter(buffer, tensors)
+        if own is not None:
+            self.adaptation.measure(own, buffer)
 
     def _coding(self) -> Coding:
         recipe = self.recipe

@@ -40,10 +40,10 @@ class Adaptation:
         """`fmt`, or what has become of it if it is the recipe's."""
         return self.format if fmt == self._first else fmt
 
-    def measure(self, x_N: Tensor, mean_N: Tensor, fmt: Format) -> None:
-        """Take in a gradient that travelled in `fmt`, and the mean that arrived."""
-        if self._adapter is not None and fmt == self.format:
-            self._rows += filter(None, [self._adapter.measure(x_N, mean_N, fmt)])
+    def measure(self, x_N: Tensor, mean_N: Tensor) -> None:
+        """Take in a bucket of this rank's gradients, and the mean that arrived. Waits for the device."""
+        if self._adapter is not None:
+            self._rows += filter(None, [self._adapter.measure(x_N, mean_N, self.format)])
 
     def rows(self) -> list[list[float]]:
         """What this rank measured, to be shared with the others; forgotten here."""
@@ -51,7 +51,7 @@ class Adaptation:
         return rows
 
     def settle(self, shared: Iterable[list[list[float]]], world_size: int) -> bool:
-        """Choose the format by the rows of all ranks, in rank order. Whether it is another one."""
+        """Choose the format by the rows of all ranks, in rank order; true if it is another one."""
         sums = [sum(column) for column in zip(*(row for rows in shared for row in rows), strict=True)]
         before = self.format
         if self._adapter is not None and sums:
