@@ -24,12 +24,15 @@ from commq.collectives.reduce_scatter import reduce_scatter
 from commq.feedback.rule import Feedback
 from commq.feedback.state import fold
 from commq.policy.exempt import Exempt
+from commq.policy.levels import Adapt
 from commq.policy.phase import Phase
 from commq.policy.rule import Rule
+from commq.policy.widths import Widths
 from commq.recipe import Recipe
 from commq.recipes import recipe, recipes
 
 __all__ = [
+    "Adapt",
     "Encoded",
     "Exempt",
     "Feedback",
@@ -39,6 +42,7 @@ __all__ = [
     "Recipe",
     "Rotation",
     "Rule",
+    "Widths",
     "all_gather",
     "all_reduce",
     "all_to_all",

@@ -12,14 +12,17 @@ from dataclasses import dataclass
 from typing import Literal
 
 from commq.codecs.formats import Format
+from commq.codecs.levels import symmetric
 from commq.codecs.ops import check_coding
 from commq.codecs.reference import Coding
 from commq.codecs.rotation import Rotation
 from commq.collectives.route import check_schedule
 from commq.feedback.rule import Feedback
 from commq.policy.exempt import Exempt
+from commq.policy.levels import Adapt
 from commq.policy.phase import Phase
 from commq.policy.rule import Rule
+from commq.policy.widths import Widths
 
 _KINDS = {
     "format": Format,
@@ -54,6 +57,8 @@ class Recipe:
     exempt: Exempt = Exempt()
     rules: tuple[Rule, ...] = ()
     """Formats of parameters by name; the first rule that matches holds."""
+    adapt: Adapt | Widths | None = None
+    """When and how `format` follows the gradients: its levels (a table, rounded stochastically), or its bits (eden)."""
     phases: tuple[Phase, ...] = ()
     """What holds before the recipe's own formats do, one after the other."""
     seed: int = 0
@@ -76,6 +81,7 @@ class Recipe:
         for fmt in (self.format, self.answer_format, *(fmt for fmt in self._later() if fmt.kind != "raw")):
             check_coding(fmt, coding)
         self._check_feedback()
+        self._check_adapt()
         for fmt in (self.format, *(rule.format for rule in self.rules), *(phase.format for phase in self.phases)):
             check_schedule(
                 self.schedule,
@@ -85,6 +91,31 @@ class Recipe:
             )
         if self.inside is not None and self.schedule not in ("two_hop", "auto"):
             raise ValueError(f"inside={self.inside} with schedule {self.schedule!r}; it goes with two_hop and auto")
+
+    def _check_adapt(self) -> None:
+        if self.adapt is None:
+            return
+        if isinstance(self.adapt, Widths):
+            plain = self.feedback.rule == self.answer_feedback.rule == "none" and self.answer is not None
+            if self.format.fit != "unbiased" or not plain:
+                raise ValueError(
+                    f"adapt={self.adapt} with format {self.format.name!r} and answer {self.answer}: expected one of "
+                    "eden1 to eden4, an answer of its own, and no feedback"
+                )
+            return
+        if not isinstance(self.adapt, Adapt):
+            raise ValueError(f"adapt={self.adapt!r}: expected a commq.Adapt or commq.Widths")
+        fixed = self.answer_feedback.rule != "none" or self.rounding != "stochastic"
+        positive = tuple(level for level in self.format.levels if level > 0)
+        tables = (symmetric(positive, zero) for zero in (False, True)) if positive else ()
+        if fixed or self.format.kind != "levels" or self.format.fit != "largest" or self.format.levels not in tables:
+            raise ValueError(
+                f"adapt with format {self.format.name!r}, rounding={self.rounding!r} and answer_feedback="
+                f"{self.answer_feedback.rule!r}: expected a table of levels with as many negative as positive ones, "
+                "such as alq3 or amq3, rounding='stochastic' and no answer_feedback"
+            )
+        if self.adapt.method == "alq" and 0.0 not in self.format.levels:
+            raise ValueError(f"adapt method='alq' with format {self.format.name!r}: expected a table with the level 0")
 
     def _check_feedback(self) -> None:
         if self.feedback.rule != "none" and self.format.kind == "raw":

@@ -14,8 +14,10 @@ from commq.codecs.formats import Format, get_format
 from commq.codecs.rotation import Rotation
 from commq.feedback.rule import Feedback
 from commq.policy.exempt import Exempt
+from commq.policy.levels import Adapt
 from commq.policy.phase import Phase
 from commq.policy.rule import Rule
+from commq.policy.widths import Widths
 from commq.recipe import Recipe
 
 _RECIPES = {
@@ -55,6 +57,24 @@ _RECIPES = {
             schedule="two_hop",
             rounding="stochastic",
             rotation=Rotation(size=32),
+        ),
+        # The same between hosts: 4 bits inside a host, with LoCo's feedback, and between them. DeepSpeed's LoCo feeds
+        # back the encoding between hosts as well; here that hop's own loss (of sums over a host's ranks) is not kept.
+        Recipe(
+            name="loco-two-hop",
+            format=get_format("int4"),
+            inside=get_format("int4"),
+            answer=get_format("bf16"),
+            schedule="two_hop",
+            feedback=Feedback(rule="averaged", decay=0.8, reset_every=512, storage="int8"),
+        ),
+        # 1-bit SGD (Seide et al. 2014): signs, decoded as the mean of a block's non-negative numbers or that of its
+        # negative ones, classic feedback on both hops. Differs: blocks of 256 in place of columns; no double buffering.
+        Recipe(
+            name="onebit-sgd",
+            format=get_format("means"),
+            feedback=Feedback(rule="classic"),
+            answer_feedback=Feedback(rule="classic"),
         ),
         # DoubleSqueeze (Tang et al. 2019): one bit and classic feedback on both hops.
         Recipe(
@@ -96,6 +116,27 @@ _RECIPES = {
             rotation=Rotation(size=1024, signs=True),
             feedback=Feedback(rule="averaged"),
         ),
+        # ALQ and AMQ (Faghri et al. 2020): 3 bits, unbiased, levels that follow the gradients. See policy/levels.py.
+        *(
+            Recipe(
+                name=f"{method}3",
+                format=get_format(f"{method}3"),
+                rounding="stochastic",
+                adapt=Adapt(method=method),
+            )
+            for method in ("alq", "amq")
+        ),
+        # Double Quantization (Yu et al. 2019): both directions, and as many bits as the gradients ask for. See
+        # policy/widths.py. Parameters travel once, in DDP's own broadcast; the answer has a fixed width.
+        Recipe(
+            name="double-quantization",
+            format=get_format("eden2"),
+            answer=get_format("eden4"),
+            rotation=Rotation(size=1024, signs=True),
+            adapt=Widths(),
+        ),
+        # 8-bit approximations (Dettmers 2015): a tree of levels, finer near 0; nearest, no memory. Top: 1, not 0.993.
+        Recipe(name="dynamic8", format=get_format("dynamic8")),
         # Marsit (Wu et al. 2022): a ring of single bits, unbiased.
         Recipe(name="marsit", format=get_format("sign"), schedule="one_bit"),
     )
@@ -135,7 +176,7 @@ def recipe(name: str | Path | Mapping[str, Any], **overrides: Any) -> Recipe:
             overrides[key] = _format(overrides[key])
     if isinstance(overrides.get("rotation"), int):
         overrides["rotation"] = Rotation(size=overrides["rotation"])
-    for key, kind in (("rotation", Rotation), ("exempt", Exempt)):
+    for key, kind in (("rotation", Rotation), ("exempt", Exempt), ("adapt", Adapt)):
         if isinstance(overrides.get(key), Mapping):
             overrides[key] = _make(kind, overrides[key], key)
     for key in ("feedback", "answer_feedback"):

@@ -6,12 +6,26 @@ import pytest
 
 import commq
 
-EDEN = ("eden1", "eden2", "eden3", "eden4", "eden2-feedback")
+METHODS = [
+    *("qsgd", "loco", "tlq-hs", "loco-two-hop", "onebit-sgd", "doublesqueeze", "ef-signsgd", "thc"),
+    *(
+        "eden1",
+        "eden2",
+        "eden3",
+        "eden4",
+        "eden2-feedback",
+        "alq3",
+        "amq3",
+        "double-quantization",
+        "dynamic8",
+        "marsit",
+    ),
+]
 
 
 def test_names():
     assert commq.recipes()[:7] == ["fp32", "bf16", "fp8", "int8", "int4", "int2", "onebit"]
-    assert commq.recipes()[7:] == ["qsgd", "loco", "tlq-hs", "doublesqueeze", "ef-signsgd", "thc", *EDEN, "marsit"]
+    assert commq.recipes()[7:] == METHODS
     for name in commq.recipes():
         assert commq.recipe(name).name == name
 
@@ -43,7 +57,7 @@ def test_frozen_and_complete_repr():
     ("make", "says"),
     [
         (lambda: commq.recipe("int5"), "'int5' is unknown; expected one of fp32, bf16"),
-        (lambda: commq.recipe("int4", blok=64), "has no blok; expected some of answer, .*block"),
+        (lambda: commq.recipe("int4", blok=64), "has no blok; expected some of adapt, answer, .*block"),
         (lambda: commq.recipe("int4", block=100), "block=100 .* power of two"),
         (lambda: commq.recipe("bf16", feedback="classic"), "error feedback keeps what a block format lost"),
         (lambda: commq.recipe("fp32", rounding="stochastic"), "fp32 loses nothing"),

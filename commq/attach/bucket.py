@@ -236,7 +236,7 @@ def _code(
     unit, device, fmt, answer = recipe.unit, buffer.device, members[0].format, members[0].answer
     feeds_back = recipe.feedback.rule != "none"
     # A rotation and sign codes send something for padding, too. Its residual must not depend on the bucket.
-    leaks = feeds_back and (recipe.rotation is not None or fmt.kind in ("sign", "levels"))
+    leaks = feeds_back and (recipe.rotation is not None or fmt.kind in ("sign", "levels", "means"))
     in_place = alone and all(m.offset % unit == 0 and not (leaks and m.numel % unit) for m in members)
     segments, end = [], 0
     for m in members:
@@ -253,7 +253,7 @@ def _code(
     if feeds_back:
         padding = _find_padding(segments, numel, device) if leaks else None
         group = replace(group, residual=residual.bind(segments, numel, device), padding=padding)
-    if recipe.rounding == "stochastic" or "sign" in (part.layout.format.kind, part.answer.format.kind):
+    if recipe.rounding == "stochastic" or {"sign", "means"} & {part.layout.format.kind, part.answer.format.kind}:
         first_units = [m.first_unit for m in members]
         tables, answer_tables = (
             _number_blocks(segments, first_units, layout, unit, device) for layout in (part.layout, part.answer)

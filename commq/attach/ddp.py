@@ -27,6 +27,7 @@ from commq.attach.layouts import Layouts
 from commq.collectives.plan import raw_bytes
 from commq.collectives.transport import C10d, Transport, check_equal
 from commq.feedback.residual import Residual
+from commq.policy.adaptation import Adaptation
 from commq.policy.phase import Progress
 from commq.policy.rule import check_rules
 from commq.recipe import Recipe
@@ -60,9 +61,12 @@ class HookState:
         self.residual = Residual(self.recipe.feedback, self.recipe.format.block)
         self.answer_residual = AnswerResidual(self.transport) if self.recipe.answer_feedback.rule != "none" else None
         self.progress = Progress(self.recipe.phases)
+        self.adaptation = Adaptation(self.recipe.adapt, self.recipe.format)
         self.step = 0
         self._raw_bytes = self._sent_bytes = 0
-        self._layouts = Layouts(self.recipe, self.transport, self.residual, self.answer_residual, backend)
+        self._layouts = Layouts(
+            self.recipe, self.adaptation, self.transport, self.residual, self.answer_residual, backend
+        )
         self._flight = Flight()
         self._bucket = -1
         """The last bucket of the step that has begun; -1: none has."""
@@ -105,6 +109,7 @@ class HookState:
             "raw_bytes": self._raw_bytes,
             "sent_bytes": self._sent_bytes,
             "progress": self.progress.state_dict(),
+            "adaptation": self.adaptation.state_dict(),
             "residual": self.residual.state_dict() | answer,
         }
 
@@ -124,6 +129,8 @@ class HookState:
         if self.answer_residual is not None:
             self.answer_residual.load_state_dict(state["residual"]["answer"])
         self.progress.load_state_dict(state["progress"])
+        self.adaptation.load_state_dict(state["adaptation"])
+        self._layouts.forget()
         self.step, self._raw_bytes, self._sent_bytes = state["step"], state["raw_bytes"], state["sent_bytes"]
 
     def exchange(self, grads: GradBucket) -> Tensor:
@@ -155,6 +162,7 @@ class HookState:
                     future.set_result(buffer)
                 if grads.is_last():
                     self._land()
+                    self._adapt()
                     self._end_step()
         except BaseException:
             self._flight.abandon()
@@ -168,7 +176,14 @@ class HookState:
             known = self._layouts.make(grads, self.progress.index)
         sent_before = self.transport.memory.sent_bytes
         laid = self._layouts.lay(known, buffer)
-        self._flight.add(laid, known.route, self.step, functools.partial(future.set_result, buffer))
+        own = buffer.clone() if self.adaptation.due(self.step) else None
+
+        def arrived() -> None:
+            if own is not None:
+                self.adaptation.measure(own, buffer)
+            future.set_result(buffer)
+
+        self._flight.add(laid, known.route, self.step, arrived)
         self._raw_bytes += raw_bytes(buffer.numel(), self.transport.world_size)
         self._sent_bytes += self.transport.memory.sent_bytes - sent_before
 
@@ -194,7 +209,15 @@ class HookState:
             with self._flight.on(device, "land"):
                 self._land()
                 if self._module is not None:  # else it may be a part of backward, checkpointed
+                    self._adapt()
                     self._end_step()
+
+    def _adapt(self) -> None:
+        """The format of the next step, by what all ranks measured in this one."""
+        if self.adaptation.due(self.step):
+            shared = self.transport.share(self.adaptation.rows())
+            if self.adaptation.settle(shared, self.transport.world_size):
+                self._layouts.forget()
 
     def _end_step(self) -> None:
         self._flight.abandon()  # nothing is left, but of a step that was broken off

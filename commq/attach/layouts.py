@@ -18,6 +18,7 @@ from commq.collectives.plan import RAW
 from commq.collectives.route import Route, find_route
 from commq.collectives.transport import Transport
 from commq.feedback.residual import Residual
+from commq.policy.adaptation import Adaptation
 from commq.recipe import Recipe
 
 _log = logging.getLogger("commq")
@@ -42,12 +43,14 @@ class Layouts:
     def __init__(
         self,
         recipe: Recipe,
+        adaptation: Adaptation,
         transport: Transport,
         residual: Residual,
         answer_residual: AnswerResidual | None,
         backend: str,
     ) -> None:
         self.recipe = recipe
+        self.adaptation = adaptation
         self.transport = transport
         self.residual = residual
         self.answer_residual = answer_residual
@@ -84,6 +87,7 @@ class Layouts:
         for p in parameters:
             name, first_unit = self.member(p)
             fmt, answer = self.recipe.formats_of(name, tuple(p.shape), p.numel(), phase)
+            fmt, answer = self.adaptation.now(fmt), self.adaptation.now(answer)
             members.append(Member(name, offset, p.numel(), fmt, answer, first_unit))
             offset += p.numel()
         if self._two_levels is None:
@@ -104,6 +108,10 @@ class Layouts:
         self._known = {place: each for place, each in self._known.items() if place[1] == phase}
         self._known[grads.index(), phase] = known
         return known
+
+    def forget(self) -> None:
+        """The format has changed: make all buckets anew. Recipes that adapt have no residual of the answer."""
+        self._known.clear()
 
     def lay(self, known: Known, buffer: Tensor) -> Laid:
         """Tensors and messages of a bucket in `buffer`."""

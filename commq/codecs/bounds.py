@@ -6,6 +6,7 @@
     mxfp4, nvfp4    the same with m = 1
     dynamic8, tables  half the widest gap of levels beside x, times a       (stochastic: that gap)
     eden, lloyd     |x| + a / smallest level, where the largest is 1        (their squared error is what is small)
+    means           max(|x|, a)
     sign            max(|x|, mean |x| of the block)                         (stochastic: |x| + a)
     bf16, fp16      |x| 2**-8, |x| 2**-11 while x is in the format's range  (stochastic bf16: |x| 2**-7)
 
@@ -36,6 +37,9 @@ def error_bound(x_N: Tensor, fmt: Format, *, rounding: str = "nearest") -> Tenso
         return steps * torch.maximum(x * 2.0**-fmt.mantissa, torch.full_like(x, smallest))
     padded = torch.nn.functional.pad(x, (0, -x.numel() % fmt.unit)).view(-1, fmt.block)
     amax_G = padded.amax(dim=-1)
+    if fmt.kind == "means":
+        s = amax_G.repeat_interleave(fmt.block)[: x.numel()]
+        return torch.maximum(x, s * (1 + 2.0**-8) + 2.0**-133)
     if fmt.kind == "sign":
         return _sign_bound(x, amax_G, fmt, rounding)
     if fmt.kind == "levels":

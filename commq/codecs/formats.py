@@ -22,12 +22,12 @@ from typing import Any, Literal
 
 from commq.codecs.levels import LLOYD_MAX, dynamic_tree, symmetric
 
-Kind = Literal["raw", "integer", "float", "sign", "levels"]
+Kind = Literal["raw", "integer", "float", "sign", "levels", "means"]
 Fit = Literal["largest", "unbiased", "least_squares"]
-ScaleKind = Literal["none", "fp32", "bf16", "e8m0", "e4m3"]
+ScaleKind = Literal["none", "fp32", "bf16", "e8m0", "e4m3", "pair"]
 
 FITS: tuple[Fit, ...] = ("largest", "unbiased", "least_squares")
-SCALE_BYTES: dict[str, int] = {"none": 0, "fp32": 4, "bf16": 2, "e8m0": 1, "e4m3": 1}
+SCALE_BYTES: dict[str, int] = {"none": 0, "fp32": 4, "bf16": 2, "e8m0": 1, "e4m3": 1, "pair": 4}
 
 MIN_BLOCK, MAX_BLOCK = 16, 4096
 
@@ -49,7 +49,7 @@ class Format:
     block: int = 16
     """Elements that share one scale: a power of two, 16..4096. Raw formats have no scale; theirs is unused."""
     scale: ScaleKind = "none"
-    """dtype of a block's scale. Integer and fp8 scales in bf16 are rounded up, so that nothing clips."""
+    """dtype of a block's scale. Integer and fp8 scales in bf16 are rounded up: nothing clips. pair: two bf16."""
     group: int = 0
     """Elements that share a second, fp32 scale above the e4m3 block scales (nvfp4); 0: there is none."""
     levels: tuple[float, ...] = ()
@@ -115,7 +115,7 @@ class Format:
     @property
     def unbiased(self) -> bool:
         """Stochastic rounding makes the decoded value's expectation the input (within 2**-17 of a step)."""
-        return self.name not in ("fp32", "fp16") and self.fit == "largest"
+        return self.name not in ("fp32", "fp16", "means") and self.fit == "largest"
 
     @property
     def integer_summable(self) -> bool:
@@ -154,6 +154,7 @@ SCALES: dict[str, tuple[str, ...]] = {
     "mxfp8": ("e8m0",),
     "mxfp4": ("e8m0",),
     "nvfp4": ("e4m3",),
+    "means": ("pair",),
 }
 """Scale dtypes each block format can have; the first is the default."""
 
@@ -201,24 +202,34 @@ def level_format(name: str, bits: int, levels: tuple[float, ...], *, block: int 
 LEVEL_FORMATS: dict[str, Format] = {
     **{f"eden{bits}": _lloyd_format(f"eden{bits}", bits, "unbiased") for bits in LLOYD_MAX},
     **{f"lloyd{bits}": _lloyd_format(f"lloyd{bits}", bits, "least_squares") for bits in LLOYD_MAX},
+    "alq3": level_format("alq3", 3, symmetric((1 / 3, 2 / 3, 1.0), zero=True)),
+    "amq3": level_format("amq3", 3, symmetric((0.125, 0.25, 0.5, 1.0))),
     "dynamic8": level_format("dynamic8", 8, dynamic_tree()),
 }
 """Formats of kind "levels" with names. Unlike those of FORMATS, eden and lloyd do not keep a block of ones exactly."""
+
+
+MEANS = Format(name="means", kind="means", bits=1, block=256, max_code=1.0, scale="pair")
+"""The sign of each number, decoded as the mean of the block's numbers of that sign (0 counts as positive): two bf16.
+
+Source: Seide et al. 2014. In plain torch only: neither the native library nor Triton has it.
+"""
 
 
 def get_format(name: str, *, block: int | None = None, scale: ScaleKind | None = None) -> Format:
     """The format `name`, with another block length or scale dtype if asked for.
 
     name: fp32, bf16, fp16, int8, int4, int2, sign, fp8_e4m3, fp8_e5m2, mxfp8, mxfp4, nvfp4; eden1 to eden4, lloyd1
-    to lloyd4 (which need a rotation) or dynamic8.
+    to lloyd4 (which need a rotation), alq3, amq3, dynamic8 or means.
     block: elements that share a scale, a power of two from 16 to 4096; default 128 (mxfp8, mxfp4: 32; nvfp4: 16; eden,
     lloyd: 1024).
     scale: dtype of the scale, "fp32" or "bf16", where the format leaves a choice.
     Raises ValueError for an unknown name, block or scale. `block` and `scale` mean nothing to raw formats.
     """
-    if name not in FORMATS and name not in LEVEL_FORMATS:
-        raise ValueError(f"format {name!r} is unknown; expected one of {', '.join((*FORMATS, *LEVEL_FORMATS))}")
-    fmt = FORMATS[name] if name in FORMATS else LEVEL_FORMATS[name]
+    named = FORMATS | LEVEL_FORMATS | {"means": MEANS}
+    if name not in named:
+        raise ValueError(f"format {name!r} is unknown; expected one of {', '.join(named)}")
+    fmt = named[name]
     if fmt.kind == "raw":
         if block is not None or scale is not None:
             raise ValueError(f"format {name!r} is raw: it has no blocks and no scales; drop block= and scale=")

@@ -28,7 +28,7 @@ def implementation(backend: str, device: torch.device, *formats: Format) -> Modu
     """The module that implements the codec families of `reference.py` for these formats of tensors on `device`.
 
     auto: the native library if it was built for the device, else Triton on a GPU, else the reference; a format that
-    the first two do not have (tables of more than 16 levels) goes to the reference. All of them give the same bytes.
+    the first two do not have (dynamic8, means) goes to the reference. All of them give the same bytes.
     One asked for by name that is not there is a RuntimeError with the reason, never a fallback.
     """
     if backend not in BACKENDS:
@@ -38,10 +38,10 @@ def implementation(backend: str, device: torch.device, *formats: Format) -> Modu
             raise RuntimeError(f"backend='native': {reason}")
         return native
     has_triton = importlib.util.find_spec("triton") is not None
-    large = [fmt.name for fmt in formats if fmt.kind == "levels" and fmt.bits == 8]
-    if backend == "triton" or (backend == "auto" and device.type == "cuda" and has_triton and not large):
-        if large:
-            raise RuntimeError(f"backend='triton': it has tables of at most 16 levels, not those of {large[0]}")
+    lacks = [fmt.name for fmt in formats if fmt.kind == "means" or (fmt.kind == "levels" and fmt.bits == 8)]
+    if backend == "triton" or (backend == "auto" and device.type == "cuda" and has_triton and not lacks):
+        if lacks:
+            raise RuntimeError(f"backend='triton': it does not have format {lacks[0]}, only tables of up to 16 levels")
         if not has_triton:
             raise RuntimeError("backend='triton': triton is not installed; pip install triton")
         if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
@@ -80,7 +80,7 @@ def check_coding(fmt: Format, coding: Coding) -> None:
     if coding.rounding == "stochastic" and not fmt.unbiased:
         raise ValueError(
             f"rounding='stochastic' with format {fmt.name!r}: expected a format that rounds in float32, "
-            "such as bf16, int8 or int4; fp32 loses nothing and fp16 overflows"
+            "such as bf16, int8 or int4; fp32 loses nothing, fp16 overflows, means has no neighbours to choose from"
         )
     if coding.rotation is not None and fmt.kind == "raw":
         raise ValueError(

@@ -190,6 +190,10 @@ def encode_rows(x_KC: Tensor, wire_KS: Tensor, layout: Layout, coding: Coding, b
         layout.codes(wire_KS).copy_(raw)
         return
     h_GB = x_KC.reshape(-1, fmt.block)
+    if fmt.kind == "means":
+        codes_GB, scales_GS, _ = scales.encode_means(h_GB, blocks.valid_G)
+        _write_rows(wire_KS, layout, codes_GB, scales_GS, None)
+        return
     if fmt.fit != "largest":
         y_GB, t_GB, energy_G, marked_G = scales.normalise(h_GB, fmt)
         codes_GB = rounding.level_codes(t_GB, fmt, None)
@@ -235,6 +239,8 @@ def decode_rows(wire_KS: Tensor, layout: Layout) -> Tensor:
         return scales.aligned(codes_KP).view(dtype).to(torch.float32)
     scales_GS = layout.scales(wire_KS).reshape(rows * layout.chunk_blocks, -1)
     groups_Q4 = layout.groups(wire_KS).reshape(-1, 4) if fmt.group else wire_KS.new_empty((0, 4))
+    if fmt.kind == "means":
+        return scales.decode_means(unpack(codes_KP, 1).view(-1, fmt.block), scales_GS).view(rows, -1)
     s_G = scales.decode_scales(scales_GS, groups_Q4, fmt)
     values_GB = rounding.code_values(unpack(codes_KP, fmt.bits), fmt).view(-1, fmt.block)
     if fmt.scale != "e8m0":

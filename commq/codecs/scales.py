@@ -59,6 +59,33 @@ def mean_magnitude(h_GB: Tensor, amax_G: Tensor, valid_G: Tensor) -> Tensor:
     return torch.minimum(total / valid_G.clamp(min=1).to(torch.float32) * down, amax_G)
 
 
+def encode_means(h_GB: Tensor, valid_G: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes (G, B) and scale bytes (G, 4) of signs with two means, and the marks: formats.MEANS.
+
+    Means are over the first valid_G elements of a block, like `mean_magnitude`, rounded to the nearest bfloat16.
+    """
+    bits_G = magnitude_bits(h_GB).amax(dim=-1)
+    marked_G = bits_G >= _INF
+    h_GB = h_GB.masked_fill(marked_G[:, None], 0.0)
+    amax_G = as_float(bits_G.masked_fill(marked_G, 0))
+    up = torch.where(amax_G >= _LIFT, 2.0**-16, lift(amax_G))
+    down = torch.where(amax_G >= _LIFT, 2.0**16, torch.where(amax_G < 1 / _LIFT, 1 / _LIFT, 1.0))
+    own_GB = torch.arange(h_GB.shape[1], device=h_GB.device) < valid_G[:, None]
+    codes_GB = h_GB >= 0
+    words = []
+    for of_sign_GB, sign_bit in ((codes_GB & own_GB, 0), (~codes_GB & own_GB, 0x8000)):
+        total_G = tree_sum((h_GB.abs() * up[:, None]).masked_fill(~of_sign_GB, 0.0))
+        mean_G = torch.minimum(total_G / of_sign_GB.sum(dim=-1).clamp(min=1).to(torch.float32) * down, amax_G)
+        words.append((_bf16_nearest(magnitude_bits(mean_G)) | sign_bit).masked_fill(marked_G, 0x7FC0))
+    return codes_GB.to(torch.int32), _bytes(torch.stack(words, dim=-1), torch.int16).view(-1, 4), marked_G
+
+
+def decode_means(codes_GB: Tensor, scales_G4: Tensor) -> Tensor:
+    """float32 (G, B): the mean of its sign for every code."""
+    means_G2 = aligned(scales_G4).view(torch.bfloat16).to(torch.float32)
+    return torch.where(codes_GB != 0, means_G2[:, :1], means_G2[:, 1:])
+
+
 def _bf16_up(bits: Tensor) -> Tensor:
     return ((bits + 0xFFFF) >> 16).clamp(max=_BF16_MAX)
 
