@@ -11,6 +11,7 @@ One line turns it on for a DistributedDataParallel module:
 """
 
 from commq.attach.ddp import HookState, comm_hook, register
+from commq.attach.estimate import estimate_memory
 from commq.build_info import build_info
 from commq.codecs.formats import Format, get_format
 from commq.codecs.ops import Encoded, decode, encode
@@ -47,6 +48,7 @@ __all__ = [
     "comm_hook",
     "decode",
     "encode",
+    "estimate_memory",
     "fold",
     "get_format",
     "recipe",
