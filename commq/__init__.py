@@ -10,6 +10,7 @@ One line turns it on for a DistributedDataParallel module:
     handle = commq.register(ddp, "int4")
 """
 
+from commq.attach.check import ReplicaError
 from commq.attach.ddp import HookState, comm_hook, register
 from commq.attach.estimate import estimate_memory
 from commq.build_info import build_info
@@ -38,6 +39,7 @@ __all__ = [
     "HookState",
     "Phase",
     "Recipe",
+    "ReplicaError",
     "Rotation",
     "Rule",
     "all_gather",

@@ -49,7 +49,7 @@ def estimate_memory(
     recipe: Recipe | str | Path | Mapping[str, Any],
     world_size: int,
     *,
-    bucket_cap_mb: float = 25.0,
+    bucket_cap_mb: float | None = None,
     hosts: int = 1,
 ) -> MemoryEstimate:
     """What `register(DistributedDataParallel(model), recipe)` will take on one rank of `world_size`. Nothing is sent.
@@ -78,10 +78,10 @@ def estimate_memory(
     )
 
 
-def _cut(named: list[tuple[str, nn.Parameter]], bucket_cap_mb: float) -> list[list[tuple[str, nn.Parameter]]]:
-    """DDP's buckets: in reverse order, the first of 1 MiB."""
-    named = named[::-1]
-    caps = [min(_DEFAULT_FIRST_BUCKET_BYTES, int(bucket_cap_mb * 2**20)), int(bucket_cap_mb * 2**20)]
+def _cut(named: list[tuple[str, nn.Parameter]], bucket_cap_mb: float | None) -> list[list[tuple[str, nn.Parameter]]]:
+    """DDP's buckets: in reverse order, of 25 MiB, the first of 1 MiB, unless told otherwise."""
+    named, cap = named[::-1], int((25.0 if bucket_cap_mb is None else bucket_cap_mb) * 2**20)
+    caps = [_DEFAULT_FIRST_BUCKET_BYTES if bucket_cap_mb is None else cap, cap]
     meta = [torch.empty_like(p, device="meta") for _, p in named]
     indices, _ = _compute_bucket_assignment_by_size(meta, caps, [False] * len(meta))
     return [[named[i] for i in bucket] for bucket in indices]
