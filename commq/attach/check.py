@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from commq.collectives.transport import Transport
 
@@ -29,6 +30,8 @@ def bit_hash(tensor: Tensor) -> Tensor:
     Sum, modulo 2**64, of (2 i + 1) times an odd number times the bits of element i, so it is exact, and does not
     depend on the order of summation. Waits for nothing.
     """
+    if isinstance(tensor, DTensor):
+        tensor = tensor.to_local()
     flat = tensor.detach().contiguous().view(-1)
     bits_N = flat.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()])
     total = torch.zeros((), dtype=torch.int64, device=tensor.device)
