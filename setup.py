@@ -26,7 +26,9 @@ setup(
         # ruff and mypy are pinned: a newer one finds new faults in unchanged code.
         "dev": [
             *TRAIN,
+            "accelerate",
             "hypothesis",
+            "lightning",
             "mpi4py>=4",
             "mypy==2.4.*",
             "pytest",

@@ -10,7 +10,9 @@ One line turns it on for a DistributedDataParallel module:
     handle = commq.register(ddp, "int4")
 """
 
+from commq.attach.check import ReplicaError
 from commq.attach.ddp import HookState, comm_hook, register
+from commq.attach.estimate import estimate_memory
 from commq.build_info import build_info
 from commq.codecs.formats import Format, get_format
 from commq.codecs.ops import Encoded, decode, encode
@@ -40,6 +42,7 @@ __all__ = [
     "HookState",
     "Phase",
     "Recipe",
+    "ReplicaError",
     "Rotation",
     "Rule",
     "Widths",
@@ -51,6 +54,7 @@ __all__ = [
     "comm_hook",
     "decode",
     "encode",
+    "estimate_memory",
     "fold",
     "get_format",
     "recipe",

@@ -357,7 +357,13 @@ class Branches(nn.Module):
         return self.first(x) if step % 2 else self.first(x) + self.second(x)
 
 
-@pytest.mark.xfail(strict=True, reason="sent although DDP drops it: what classic feedback kept is lost")
+UNTOLD = (
+    "PyTorch drops the gradient of a parameter that no rank used after the hook has run, and tells hooks neither which "
+    "ones these are nor that it does; what classic feedback sent for it is lost (PyTorch's PowerSGD hook loses it, too)"
+)
+
+
+@pytest.mark.xfail(strict=True, reason=UNTOLD)
 @process_ranks(2)
 def test_residuals_of_unused_parameters_are_kept():
     ddp = DistributedDataParallel(Branches(), find_unused_parameters=True)

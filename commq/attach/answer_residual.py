@@ -61,9 +61,10 @@ class AnswerResidual:
         """Put all ranks' parts together and forget the buffers. All ranks call it together."""
         transport = self.transport
         for bound in self._bound:
-            rows = torch.empty(transport.world_size, 4 * bound.buffer.numel(), dtype=torch.uint8)
-            transport.all_gather(bound.buffer.cpu().view(torch.uint8), rows).wait()
-            for row, runs in zip(rows.view(torch.float32), bound.runs, strict=True):
+            own = bound.buffer.view(torch.uint8)  # on its device: NCCL moves nothing else
+            rows = torch.empty(transport.world_size, own.numel(), dtype=torch.uint8, device=own.device)
+            transport.all_gather(own, rows).wait()
+            for row, runs in zip(rows.cpu().view(torch.float32), bound.runs, strict=True):
                 for run in runs:
                     self._put(run.name, run.start, row[run.at : run.at + run.numel])
         self._bound.clear()

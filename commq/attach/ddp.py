@@ -10,6 +10,7 @@ and GradScaler's search for infinities therefore run on what was really exchange
 import functools
 import weakref
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
 from commq.attach.answer_residual import AnswerResidual
+from commq.attach.check import check_replicas
+from commq.attach.dcp import pack_state, read_state
 from commq.attach.flight import Flight
 from commq.attach.layouts import Layouts
 from commq.collectives.plan import raw_bytes
@@ -40,7 +43,7 @@ class HookState:
 
     recipe: a Recipe or its name. module: the DDP module, which names the parameters in checkpoints; without
     it they are numbered in the order in which buckets first show them. group: DDP's process group. transport: what
-    moves bytes in place of torch.distributed (all ranks' must agree).
+    moves bytes in place of torch.distributed (all ranks' must agree). check_every: see `register`.
     """
 
     def __init__(
@@ -52,12 +55,19 @@ class HookState:
         grad_scaler: torch.amp.GradScaler | None = None,
         backend: str = "auto",
         transport: Transport | None = None,
+        check_every: int = 0,
     ) -> None:
+        if check_every < 0 or (check_every and module is None):
+            raise ValueError(
+                f"check_every={check_every}, module={type(module).__name__}: expected steps >= 0 (0: never), and the "
+                "DDP module, whose parameters are compared"
+            )
         if module is not None and group is None:
             group = module.process_group
         self.transport: Transport = C10d(group) if transport is None else transport
         self.recipe = _resolve(recipe, self.transport)
         self.grad_scaler = grad_scaler
+        self.check_every = check_every
         self.residual = Residual(self.recipe.feedback, self.recipe.format.block)
         self.answer_residual = AnswerResidual(self.transport) if self.recipe.answer_feedback.rule != "none" else None
         self.progress = Progress(self.recipe.phases)
@@ -101,6 +111,16 @@ class HookState:
             residual_norm=self.residual.norm(),
         )
 
+    def write(self, writer: Any, step: int | None = None) -> None:
+        """Write `stats()` as scalars named commq/..., for TensorBoard's SummaryWriter or what has its `add_scalar`.
+
+        step: of the x axis; None: this handle's. Waits for the device.
+        """
+        stats = self.stats()
+        scalars = {field.name: getattr(stats, field.name) for field in fields(stats)} | {"ratio": stats.ratio}
+        for name, value in scalars.items():
+            writer.add_scalar(f"commq/{name}", value, stats.steps if step is None else step)
+
     def state_dict(self) -> dict[str, Any]:
         """This rank's step, counters and residuals: tensors and plain data. Every rank has its own."""
         answer = {} if self.answer_residual is None else {"answer": self.answer_residual.state_dict()}
@@ -132,6 +152,17 @@ class HookState:
         self.adaptation.load_state_dict(state["adaptation"])
         self._layouts.forget()
         self.step, self._raw_bytes, self._sent_bytes = state["step"], state["raw_bytes"], state["sent_bytes"]
+
+    def dcp_state(self) -> dict[str, Tensor]:
+        """This rank's state for torch.distributed.checkpoint: `dcp.save({"model": ..., **handle.dcp_state()})`."""
+        return pack_state(self.state_dict(), self.transport.rank)
+
+    def load_dcp(self, path: str | Path) -> None:
+        """Restore what `dcp.save` wrote to `path`, at any world size: the sum of residuals over ranks is kept.
+
+        All ranks call it. To the bit at the same world size; see `commq.fold`. Raises as `load_state_dict`.
+        """
+        self.load_state_dict(read_state(path, self.transport.rank, self.transport.world_size))
 
     def exchange(self, grads: GradBucket) -> Tensor:
         """Average a bucket over the ranks, in place, and wait for it. On CUDA the current stream does."""
@@ -200,6 +231,8 @@ class HookState:
             self.residual.zero_()
         module = self._module() if self._module is not None else None
         _check_join(module)
+        if module is not None and self.check_every and self.step and self.step % self.check_every == 0:
+            check_replicas(dict(module.module.named_parameters()), self.transport, self.step - 1)
         if (module is None or getattr(module, "skip_all_reduce_unused_params", False)) and _in_backward():
             # DDP may leave out the last bucket; this runs before it waits for the others.
             Variable._execution_engine.queue_callback(functools.partial(self._end_backward, self.step, device))
@@ -241,19 +274,21 @@ def register(
     *,
     grad_scaler: torch.amp.GradScaler | None = None,
     backend: str = "auto",
+    check_every: int = 0,
 ) -> HookState:
     """Send the gradients of `ddp` by `recipe`. Call it on every rank, before the first backward pass.
 
     recipe: a Recipe, or what `commq.recipe` takes: a name, a dict, a TOML or YAML file. grad_scaler: its scale is
-    followed by the residuals (or call `handle.set_loss_scale` yourself). Returns the handle: `stats()`,
-    `state_dict()`, `load_state_dict()`.
+    followed by the residuals (or call `handle.set_loss_scale` yourself). check_every: before every so many steps,
+    compare the bits of all ranks' parameters; ReplicaError, the same on every rank, names the first that differs
+    (0: never; it waits for the device). Returns the handle: `stats()`, `write()`, `state_dict()`, `load_state_dict()`.
     Raises ValueError, the same on every rank, if the ranks' recipes differ; TypeError if `ddp` is no DDP module.
     """
     if not isinstance(ddp, DistributedDataParallel):
         raise TypeError(
             f"register: got {type(ddp).__name__}, expected DistributedDataParallel; wrap the model in DDP first"
         )
-    handle = HookState(recipe, ddp, grad_scaler=grad_scaler, backend=backend)
+    handle = HookState(recipe, ddp, grad_scaler=grad_scaler, backend=backend, check_every=check_every)
     ddp.register_comm_hook(handle, comm_hook)
     return handle
 

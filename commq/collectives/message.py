@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from types import ModuleType
 
 import torch
@@ -28,6 +28,12 @@ def send_stream(rank: int) -> int:
 def host_stream(host: int) -> int:
     """Philox stream of the sum of a host's ranks: other hosts encode the same elements. Odd, and not ANSWER_STREAM."""
     return (host << 1) + 3
+
+
+@lru_cache(maxsize=1024)
+def with_stream(coding: Coding, stream: int) -> Coding:
+    """The coding with its random bits from `stream`. Remembered: hooks ask for the same ones in every step."""
+    return replace(coding, stream=stream)
 
 
 @dataclass(frozen=True)
@@ -133,6 +139,10 @@ class Message:
         """A buffer of (rows, nbytes); zeros where parts leave gaps, so that what is sent is never stale memory."""
         buffer = self.transport.memory.take(rows, nbytes, self.device)
         return buffer if len(self.plan.parts) == 1 else buffer.zero_()
+
+    def take_received(self, rows: int, nbytes: int) -> Tensor:
+        """The same for what a move fills from end to end."""
+        return self.transport.memory.take(rows, nbytes, self.device)
 
     def give(self, *buffers: Tensor) -> None:
         self.transport.memory.give(*buffers)

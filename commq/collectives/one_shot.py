@@ -7,12 +7,10 @@ It sends W / 2 times the bytes of two-shot and encodes once, so it suits what is
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from commq.codecs.reference import Blocks
 from commq.codecs.rotation import unrotate
 from commq.codecs.wire import Layout
-from commq.collectives.message import Message, send_stream
+from commq.collectives.message import Message, send_stream, with_stream
 from commq.collectives.plan import Part, ceil16
 from commq.collectives.schedule import Schedule
 
@@ -27,13 +25,13 @@ def one_shot(message: Message) -> Schedule:
             part.x,
             row[:, offset : offset + layout.chunk_bytes],
             layout,
-            replace(part.coding, stream=send_stream(transport.rank)),
+            with_stream(part.coding, send_stream(transport.rank)),
             residual_N=part.residual,
             residual_scales_G=part.residual_scales,
             decay=part.decay,
             blocks=_first_blocks(part.blocks, layout),
         )
-    rows = message.take(transport.world_size, nbytes)
+    rows = message.take_received(transport.world_size, nbytes)
     yield transport.all_gather(row[0], rows)
 
     message.give(row)

@@ -16,12 +16,11 @@ Source: SDP4Bit (Jia et al. 2024, section 3.2, two-level quantization) and qgZ o
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 
 from torch import Tensor
 
 from commq.collectives.hosts import Hosts, find_hosts
-from commq.collectives.message import ANSWER_STREAM, Message, host_stream, send_stream
+from commq.collectives.message import ANSWER_STREAM, Message, host_stream, send_stream, with_stream
 from commq.collectives.plan import Plan
 from commq.collectives.schedule import Schedule
 from commq.collectives.two_shot import two_shot
@@ -62,13 +61,13 @@ def two_hop(message: Message) -> Schedule:
             part.x,
             part.sent_inside(outgoing),
             part.part.inside,
-            replace(part.coding, stream=send_stream(rank)),
+            with_stream(part.coding, send_stream(rank)),
             residual_N=None if raw else part.residual,
             residual_scales_G=None if raw else part.residual_scales,
             decay=part.decay,
             blocks=part.inside_blocks,
         )
-    incoming = message.take(world_size, plan.inside_bytes)
+    incoming = message.take_received(world_size, plan.inside_bytes)
     splits = _splits(world_size, hosts.members[host], hosts.count * plan.inside_bytes)
     yield transport.all_to_all_v(outgoing.view(-1), incoming.view(-1), splits, splits)
 
@@ -81,12 +80,12 @@ def two_hop(message: Message) -> Schedule:
                 part.part.inside,
                 part.sent(outgoing)[i],
                 part.part.layout,
-                replace(part.coding, stream=host_stream(host)),
+                with_stream(part.coding, host_stream(host)),
                 chunk=local * hosts.count + to,
                 blocks=part.blocks,
             )
     message.give(incoming)
-    incoming = message.take(hosts.count, plan.row_bytes)
+    incoming = message.take_received(hosts.count, plan.row_bytes)
     splits = _splits(world_size, peers, plan.row_bytes)
     yield transport.all_to_all_v(outgoing.view(-1), incoming.view(-1), splits, splits)
 
@@ -99,7 +98,7 @@ def two_hop(message: Message) -> Schedule:
             part.part.layout,
             part.answered(copies)[0],
             part.part.answer,
-            replace(part.coding, stream=ANSWER_STREAM),
+            with_stream(part.coding, ANSWER_STREAM),
             chunk=local * hosts.count + host,
             divisor=message.divisor,
             residual_C=part.answer_residual_C,
@@ -107,7 +106,7 @@ def two_hop(message: Message) -> Schedule:
         )
     message.give(incoming)
     copies[1:] = copies[0]
-    run = message.take(hosts.count, plan.answer_bytes)
+    run = message.take_received(hosts.count, plan.answer_bytes)
     splits = _splits(world_size, peers, plan.answer_bytes)
     yield transport.all_to_all_v(copies.view(-1), run.view(-1), splits, splits)
 
@@ -116,7 +115,7 @@ def two_hop(message: Message) -> Schedule:
     copies = message.take(world_size, plan.answer_bytes)
     copies.view(*shape, -1)[:] = run
     message.give(run)
-    answers = message.take(world_size, plan.answer_bytes)
+    answers = message.take_received(world_size, plan.answer_bytes)
     splits = _splits(world_size, hosts.members[host], hosts.count * plan.answer_bytes)
     yield transport.all_to_all_v(copies.view(-1), answers.view(-1), splits, splits)
 

@@ -9,9 +9,7 @@ With format sign and feedback on both hops this is the compressed all-reduce of 
 
 from __future__ import annotations
 
-from dataclasses import replace
-
-from commq.collectives.message import ANSWER_STREAM, Message, send_stream
+from commq.collectives.message import ANSWER_STREAM, Message, send_stream, with_stream
 from commq.collectives.schedule import Schedule
 
 
@@ -25,13 +23,13 @@ def two_shot(message: Message) -> Schedule:
             part.x,
             part.sent(outgoing),
             part.part.layout,
-            replace(part.coding, stream=send_stream(rank)),
+            with_stream(part.coding, send_stream(rank)),
             residual_N=part.residual,
             residual_scales_G=part.residual_scales,
             decay=part.decay,
             blocks=part.blocks,
         )
-    incoming = message.take(world_size, plan.row_bytes)
+    incoming = message.take_received(world_size, plan.row_bytes)
     yield transport.all_to_all(outgoing, incoming)
 
     message.give(outgoing)
@@ -42,14 +40,14 @@ def two_shot(message: Message) -> Schedule:
             part.part.layout,
             part.answered(row)[0],
             part.part.answer,
-            replace(part.coding, stream=ANSWER_STREAM),
+            with_stream(part.coding, ANSWER_STREAM),
             chunk=rank,
             divisor=message.divisor,
             residual_C=part.answer_residual_C,
             blocks=part.answer_blocks,
         )
     message.give(incoming)
-    answers = message.take(world_size, plan.answer_bytes)
+    answers = message.take_received(world_size, plan.answer_bytes)
     yield transport.all_gather(row[0], answers)
 
     message.give(row)
