@@ -11,6 +11,7 @@ One line turns it on for a DistributedDataParallel module:
 """
 
 from commq.attach.ddp import HookState, comm_hook, register
+from commq.attach.fsdp import fully_shard, handle_of
 from commq.build_info import build_info
 from commq.codecs.formats import Format, get_format
 from commq.codecs.ops import Encoded, decode, encode
@@ -48,7 +49,9 @@ __all__ = [
     "decode",
     "encode",
     "fold",
+    "fully_shard",
     "get_format",
+    "handle_of",
     "recipe",
     "recipes",
     "recv",
