@@ -12,6 +12,7 @@ One line turns it on for a DistributedDataParallel module:
 
 from commq.attach.ddp import HookState, comm_hook, register
 from commq.attach.fsdp import fully_shard, handle_of
+from commq.attach.fsdp_module import FSDP
 from commq.build_info import build_info
 from commq.codecs.formats import Format, get_format
 from commq.codecs.ops import Encoded, decode, encode
@@ -31,6 +32,7 @@ from commq.recipe import Recipe
 from commq.recipes import recipe, recipes
 
 __all__ = [
+    "FSDP",
     "Encoded",
     "Exempt",
     "Feedback",

@@ -9,7 +9,8 @@ import commq
 
 def test_names():
     assert commq.recipes()[:7] == ["fp32", "bf16", "fp8", "int8", "int4", "int2", "onebit"]
-    assert commq.recipes()[7:] == ["qsgd", "loco", "tlq-hs", "doublesqueeze", "ef-signsgd", "thc", "marsit"]
+    assert commq.recipes()[7:14] == ["qsgd", "loco", "tlq-hs", "doublesqueeze", "ef-signsgd", "thc", "marsit"]
+    assert commq.recipes()[14:] == ["full-shard", "sdp4bit", "hybrid-shard", "zero++", "qsdp"]
     for name in commq.recipes():
         assert commq.recipe(name).name == name
 
