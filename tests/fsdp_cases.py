@@ -57,6 +57,15 @@ class Ones(nn.Module):
         return sum(part.sum() for part in self.parts) * x
 
 
+def made(make=Net):
+    """The same parameters every time: ranks that are threads share torch's generator, so it is not asked."""
+    model, generator = make(), torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        bound = parameter.shape[-1] ** -0.5
+        parameter.data = (torch.rand(parameter.shape, generator=generator) * 2 - 1) * bound
+    return model
+
+
 def shard(model, recipe, *, blocks=True, **kwargs):
     """recipe None: torch's fully_shard."""
     parts = [*model.blocks, model] if blocks and hasattr(model, "blocks") else [model]
@@ -124,9 +133,8 @@ def train(model, steps=3, *, first=0, optimizer=None, micro=1, synced=False, cli
 
 def run(recipe, make=Net, *, build=None, **options):
     """A model of the same initial parameters on all ranks, sharded and trained."""
-    torch.manual_seed(0)
     sharding = {key: options.pop(key) for key in list(options) if key not in ("steps", "micro", "synced", "clip")}
-    model = make()
+    model = made(make)
     if build is not None:
         build(model)
     return train(shard(model, recipe, **sharding), **options)

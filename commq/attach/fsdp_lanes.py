@@ -3,7 +3,7 @@
 Blocks are aligned to parameters, so what is sent for a parameter does not depend on its neighbours, on which of them
 have a gradient, or on what FSDP prefetches. Where all parameters in a format start and end at multiples of the unit,
 and few others stand between them, the rows are encoded as they are; otherwise parameters are first copied to aligned
-places. Padding there repeats the shard's last element: a run of equal numbers stays one, and survives a rotation
+places. Padding there repeats the shard's last element where it matters: a run of equal numbers stays one, and survives
 exactly.
 """
 
@@ -40,7 +40,7 @@ class Lane:
     """The lane's rows are FSDP's own."""
     unit: int
     fill: bool
-    """Padding matters (there is a rotation)."""
+    """Padding matters: a rotation mixes it in, sign's scale is a mean."""
 
     def take(self, rows: Tensor) -> Tensor:
         """(K, C) of FSDP's rows (K, R): all W, or the own one. May be the rows themselves."""
@@ -82,7 +82,7 @@ def make_lanes(
 ) -> list[Lane]:
     """Lanes of FSDP's rows that hold `shards`, one after the other; those that are encoded first.
 
-    formats: of each shard, both hops'. unit: elements of encoded ones that must stay together. fill: they are rotated.
+    formats: of each shard, both hops'. unit: elements of encoded ones that must stay together. fill: see Lane.
     """
     starts, row_numel = [], 0
     for shard in shards:

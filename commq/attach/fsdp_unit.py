@@ -74,7 +74,8 @@ class Unit:
         self, members: tuple[int, ...], formats: list[tuple[Format, Format]], *, unit: int, rotates: bool
     ) -> list[Lane]:
         """Lanes of the shards number `members`. unit: of encoded ones."""
-        return make_lanes([self.layout.shards[i] for i in members], formats, unit=unit, fill=rotates)
+        fill = rotates or any("sign" in (fmt.kind, answer.kind) for fmt, answer in formats)
+        return make_lanes([self.layout.shards[i] for i in members], formats, unit=unit, fill=fill)
 
     def formats(self, members: tuple[int, ...], phase: int) -> list[tuple[Format, Format]]:
         """Of the gradients of the shards number `members`, both hops'."""
