@@ -13,6 +13,7 @@ One line turns it on for a DistributedDataParallel module:
 from commq.attach.ddp import HookState, comm_hook, register
 from commq.attach.fsdp import fully_shard, handle_of
 from commq.attach.fsdp_module import FSDP
+from commq.attach.fsdp_state import fold_shards, read_shard_states
 from commq.build_info import build_info
 from commq.codecs.formats import Format, get_format
 from commq.codecs.ops import Encoded, decode, encode
@@ -51,9 +52,11 @@ __all__ = [
     "decode",
     "encode",
     "fold",
+    "fold_shards",
     "fully_shard",
     "get_format",
     "handle_of",
+    "read_shard_states",
     "recipe",
     "recipes",
     "recv",

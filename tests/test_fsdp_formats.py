@@ -144,10 +144,13 @@ def test_training_follows_plain_fsdp_and_counts_what_it_sends():
         loss(model, 0).backward()
         stats = commq.handle_of(model).stats()
         assert stats.sent_bytes == memory_of(group).sent_bytes - before and 0 < stats.ratio < 0.5
-    differences = run("sdp4bit").handle.stats()
-    kept = run("full-shard", reshard_after_forward=False).handle.stats()
-    assert differences.raw_bytes == kept.raw_bytes
-    assert differences.weight_bytes < kept.weight_bytes  # the first gather, of three, is plain
+
+    def of_two_steps(recipe):
+        """Bytes of weights in the second and third step: the first gather of differences is plain."""
+        first, third = (run(recipe, steps=n, reshard_after_forward=False).handle.stats() for n in (1, 3))
+        return third.weight_bytes - first.weight_bytes
+
+    assert of_two_steps("sdp4bit") < 0.8 * of_two_steps("full-shard")
 
 
 @thread_ranks(2)

@@ -22,9 +22,10 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp import fully_shard as torch_fully_shard
 
+from commq.attach.fsdp_attached import Attached
 from commq.attach.fsdp_between import BetweenHosts
 from commq.attach.fsdp_gather import WeightGather
-from commq.attach.fsdp_handle import Attached, ShardHandle
+from commq.attach.fsdp_handle import ShardHandle
 from commq.attach.fsdp_layout import GroupLayout, fsdp_modules
 from commq.attach.fsdp_scatter import GradientScatter
 from commq.attach.fsdp_unit import Unit

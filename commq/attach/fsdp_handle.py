@@ -6,34 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
-from commq.attach.fsdp_between import BetweenHosts
-from commq.attach.fsdp_gather import WeightGather
-from commq.attach.fsdp_scatter import GradientScatter
-from commq.attach.fsdp_unit import Traffic, Unit
-from commq.feedback.residual import Residual
-
-
-@dataclass(frozen=True)
-class Attached:
-    """What commq put into one FSDP module."""
-
-    unit: Unit
-    gather: WeightGather
-    scatter: GradientScatter
-    between: BetweenHosts | None
-
-    @property
-    def residuals(self) -> dict[str, Residual]:
-        found = {"first": self.scatter.residual, "second": self.scatter.second_residual}
-        return found | ({"between": self.between.residual} if self.between else {})
-
-    @property
-    def traffics(self) -> dict[str, Traffic]:
-        found = {"weights": self.unit.weights, "gradients": self.unit.gradients}
-        return found | ({"between": self.between.traffic} if self.between else {})
+from commq.attach.fsdp_attached import Attached
+from commq.attach.fsdp_state import load_unit, unit_state
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,8 +75,15 @@ class ShardHandle:
             each.gather.forget()
 
     def state_dict(self) -> dict[str, Any]:
-        """This rank's counters, residuals and own part of the references: tensors and plain data."""
-        return {name: _unit_state(each) for name, each in self.units.items()}
+        """This rank's counters, residuals and own part of the references: tensors and plain data.
+
+        Save it for each rank: torch.distributed.checkpoint.save({..., f"commq-{rank}": handle.state_dict()}).
+        """
+        first = next(iter(self.units.values()))
+        between = first.between
+        replicas = 1 if between is None else dist.get_world_size(between.group)
+        units = {name: unit_state(each) for name, each in self.units.items()}
+        return {"mesh": [replicas, first.unit.layout.world_size], "units": units}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore `state_dict()`, to the bit, after the module's parameters were loaded. All ranks call it.
@@ -108,45 +91,12 @@ class ShardHandle:
         At another world size, `commq.fold_shards` the states of all ranks first. Raises ValueError if the state is of
         another recipe or another model.
         """
-        if state.keys() != self.units.keys():
-            odd = sorted(state.keys() ^ self.units.keys())
+        found = state["units"]
+        if found.keys() != self.units.keys():
+            odd = sorted(found.keys() ^ self.units.keys())
             raise ValueError(
                 f"the state has other FSDP modules than this model: {odd[:5]}; load the state of a model that is "
                 "sharded in the same way"
             )
         for name, each in self.units.items():
-            _load_unit(each, state[name])
-
-
-def _unit_state(each: Attached) -> dict[str, Any]:
-    tracker = each.gather.tracker
-    own = tracker.own.clone() if tracker is not None and (tracker.known or tracker.has_own) else None
-    return {
-        "steps": each.unit.steps,
-        "progress": each.unit.progress.state_dict(),
-        "traffic": {name: [t.raw, t.sent, t.leaving] for name, t in each.traffics.items()},
-        "residuals": {name: residual.state_dict() for name, residual in each.residuals.items()},
-        "reference": each.gather.saved if own is None else own,
-        "shards": [[s.name, s.numel, list(s.valid)] for s in each.unit.layout.shards],
-    }
-
-
-def _load_unit(each: Attached, state: dict[str, Any]) -> None:
-    found = [name for name, _, _ in state["shards"]]
-    expected = [shard.name for shard in each.unit.layout.shards]
-    numels = [numel for _, numel, _ in state["shards"]]
-    if found != expected or numels != [shard.numel for shard in each.unit.layout.shards]:
-        raise ValueError(
-            f"the state is of parameters {found} in shards of {numels}, the module has {expected} in shards of "
-            f"{[shard.numel for shard in each.unit.layout.shards]}; commq.fold_shards re-shards a state"
-        )
-    each.unit.steps = state["steps"]
-    each.unit.progress.load_state_dict(state["progress"])
-    for name, traffic in each.traffics.items():
-        traffic.raw, traffic.sent, traffic.leaving = state["traffic"].get(name, [0, 0, 0])
-    for name, residual in each.residuals.items():
-        residual.load_state_dict(state["residuals"][name])
-    if isinstance(state["reference"], torch.Tensor):
-        each.gather.restore(state["reference"])
-    else:
-        each.gather.forget()
+            load_unit(each, found[name])

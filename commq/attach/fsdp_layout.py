@@ -31,7 +31,8 @@ class Shard:
     """Elements of a shard, padding included: the same on all ranks."""
     valid: tuple[int, ...]
     """Elements of each rank's shard that are not padding; they come first."""
-    trainable: bool
+    dim: int
+    """Along which the parameter is cut."""
 
     @property
     def even(self) -> bool:
@@ -104,7 +105,7 @@ class GroupLayout:
         rest = int(torch.Size(shape[:dim] + shape[dim + 1 :]).numel())
         step = -(-shape[dim] // self.world_size)
         valid = tuple(min(max(shape[dim] - w * step, 0), step) * rest for w in range(self.world_size))
-        return Shard(name, shape, step * rest, valid, sharded.requires_grad)
+        return Shard(name, shape, step * rest, valid, dim)
 
     @property
     def divide_factor(self) -> float | None:
