@@ -1,12 +1,13 @@
 """`--parallel fsdp` and `hsdp`: resumed bit for bit, re-sharded on other ranks, close to ddp."""
 
-import os
 from dataclasses import astuple, replace
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
+from commq.collectives.hosts import HOSTS, Hosts
+from commq.collectives.memory import memory_of
 from commq.train.config import Config, DataConfig, ModelConfig, OptimizerConfig, OutputConfig
 from commq.train.metrics import read_rows
 from commq.train.ranks import Ranks
@@ -29,7 +30,7 @@ def config(out: Path, parallel: str, recipe: str = "default", **output: object) 
 def train(out: Path, parallel: str, recipe: str = "default", **output: object) -> list[tuple]:
     """Rows of a run, but for times and bytes: a resumed one gathers its references once more."""
     rank = dist.get_rank()
-    os.environ["NCCL_HOSTID"] = str(rank // 2)  # two ranks a host, for hsdp
+    memory_of(dist.group.WORLD).facts[HOSTS] = Hosts(tuple(r // 2 for r in range(dist.get_world_size())))
     ranks = Ranks(rank, dist.get_world_size(), torch.device("cpu"), dist.group.WORLD, 1)
     Run(config(out, parallel, recipe, **output), ranks).execute()
     dist.barrier()
