@@ -123,7 +123,8 @@ class Recipe:
             )
 
     def _check_weights(self) -> None:
-        check_coding(self.weights or self.format, Coding(rounding=self.weights_rounding if self.weights else "nearest"))
+        if self.weights is not None:
+            check_coding(self.weights, Coding(rounding=self.weights_rounding))
         if self.weights is None and (self.weights_difference or self.weights_rounding != "nearest"):
             raise ValueError("weights_difference or weights_rounding without weights: expected a format for weights")
         if self.weights is not None and self.weights_difference and self.weights.kind == "raw":
