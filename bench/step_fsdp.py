@@ -1,7 +1,7 @@
 """What bench/step.py compares under FSDP2: `--parallel fsdp` (full sharding) and `--parallel zero2` (parameters kept).
 
-A block is a unit; bf16 parameters for computing, float32 masters. "no communication" is FSDP2 with collectives that move
-nothing: every rank takes its own shard for everybody's, and its own part of the gradient for the sum.
+A block is a unit; bf16 parameters for computing, float32 masters. "no communication" is FSDP2 with collectives that
+move nothing: every rank takes its own shard for everybody's, and its own part of the gradient for the sum.
 """
 
 from __future__ import annotations

@@ -112,7 +112,8 @@ def _attach(module: Any, unit: Unit, outer: dist.ProcessGroup | None) -> Attache
             "dtype; set mp_policy's param_dtype, or call fully_shard on submodules of one dtype each"
         )
     between = None
-    unit.hosts(unit.transport(unit.layout.process_group))  # collective, so not in the middle of a backward pass
+    if not unit.hybrid:
+        find_hosts(unit.transport(unit.layout.process_group))  # collective, so not in the middle of a backward pass
     module.set_custom_all_gather(gather)
     module.set_custom_reduce_scatter(scatter)
     if outer is not None and dist.get_world_size(outer) > 1:

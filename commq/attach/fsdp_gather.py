@@ -78,11 +78,16 @@ class WeightGather:
 
     def _schedule(self, out: Tensor, x: Tensor, transport: C10d) -> Schedule:
         unit, before, numel = self.unit, transport.memory.sent_bytes, x.numel()
-        plan = None
-        if unit.recipe.weights is None or unit.layout.is_secondary(transport.group) or x.dtype not in RAW:
+        row_bytes, hops = x.nbytes, False
+        if unit.layout.is_secondary(transport.group):
+            yield from _plain(out, x, transport)
+            row_bytes = 0
+        elif unit.recipe.weights is None:
             yield from _plain(out, x, transport)
         elif self.tracker is not None and out.data_ptr() == self.tracker.rows.data_ptr():
             plan = yield from self._differences(self.tracker, x, transport)
+            if plan is not None:
+                row_bytes, hops = plan.row_bytes, unit.hosts(transport) is not None
         else:
             lanes, plan = self._route(x.dtype, transport)
             rows, own = out.view(transport.world_size, -1), x.view(1, -1)
@@ -92,7 +97,8 @@ class WeightGather:
             )
             for lane, landing in zip(lanes, landings, strict=True):
                 lane.put(landing, rows)
-        unit.count(unit.weights, numel, before, plan, transport)
+            row_bytes, hops = plan.row_bytes, unit.hosts(transport) is not None
+        unit.count(unit.weights, numel, before, row_bytes, transport, hops)
 
     def _differences(self, tracker: Tracker, x: Tensor, transport: C10d) -> _Planned:
         """Bring the reference up to date. x: the own row's memory, which holds the new parameters."""

@@ -91,7 +91,7 @@ class GradientScatter:
         for lane, landing in zip(route.lanes, landings, strict=True):
             lane.put(landing, out)
         self._clear_gaps(route)
-        unit.count(unit.gradients, numel, before, route.plan, transport)
+        unit.count(unit.gradients, numel, before, route.plan.row_bytes, transport, hosts is not None)
         unit.members = members
         unit.steps += 1
 

@@ -11,8 +11,7 @@ from commq.attach.fsdp_lanes import Lane, make_lanes
 from commq.attach.fsdp_layout import GroupLayout
 from commq.codecs.formats import Format
 from commq.codecs.reference import Coding
-from commq.collectives.hosts import Hosts, find_hosts
-from commq.collectives.plan import Plan
+from commq.collectives.hosts import HOSTS, Hosts, find_hosts
 from commq.collectives.sharded import leaving_bytes
 from commq.collectives.transport import C10d
 from commq.policy.phase import Progress
@@ -82,11 +81,11 @@ class Unit:
         shards = [self.layout.shards[i] for i in members]
         return [self.recipe.formats_of(s.name, s.shape, torch.Size(s.shape).numel(), phase) for s in shards]
 
-    def count(self, traffic: Traffic, row_numel: int, before: int, plan: Plan | None, transport: C10d) -> None:
-        """Count an exchange of rows of `row_numel` elements, before which the group had sent `before` bytes."""
-        others = transport.world_size - 1
-        leaving = 0
-        known = transport.memory.facts.get("hosts")
-        if plan is not None and isinstance(known, Hosts):
-            leaving = leaving_bytes(plan, known, transport.rank, hops=self.hosts(transport) is not None)
-        traffic.add(others * 4 * row_numel, transport.memory.sent_bytes - before, leaving)
+    def count(self, traffic: Traffic, row_numel: int, before: int, row_bytes: int, transport: C10d, hops: bool) -> None:
+        """Count an exchange of rows of `row_numel` elements, before which the group had sent `before` bytes.
+
+        row_bytes: of a row that travels to other hosts, too.
+        """
+        known = transport.memory.facts.get(HOSTS)
+        leaving = leaving_bytes(row_bytes, known, transport.rank, hops=hops) if isinstance(known, Hosts) else 0
+        traffic.add((transport.world_size - 1) * 4 * row_numel, transport.memory.sent_bytes - before, leaving)

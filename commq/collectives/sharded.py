@@ -204,10 +204,10 @@ def _to_neighbours(message: ShardMessage, hosts: Hosts, rows_nS: Tensor) -> _Row
     return _reordered(message, incoming, places)
 
 
-def leaving_bytes(plan: Plan, hosts: Hosts, rank: int, *, hops: bool) -> int:
+def leaving_bytes(row_bytes: int, hosts: Hosts, rank: int, *, hops: bool) -> int:
     """Bytes of one scatter or one gather that `rank` sends to other hosts; a flat one counted as an all-to-all."""
-    others = hosts.count - 1 if hops else plan.world_size - len(hosts.members[hosts.host_of[rank]])
-    return others * plan.row_bytes
+    others = hosts.count - 1 if hops else len(hosts.host_of) - len(hosts.members[hosts.host_of[rank]])
+    return others * row_bytes
 
 
 def _encode(message: ShardMessage, part: Part, strip: Strip, wire_WS: Tensor, layout: Layout) -> None:
