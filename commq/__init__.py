@@ -12,6 +12,7 @@ One line turns it on for a DistributedDataParallel module:
 
 from commq.attach.ddp import HookState, comm_hook, register
 from commq.attach.fsdp import fully_shard, handle_of
+from commq.attach.fsdp_estimate import estimate_shard_memory
 from commq.attach.fsdp_module import FSDP
 from commq.attach.fsdp_state import fold_shards, read_shard_states
 from commq.build_info import build_info
@@ -51,6 +52,7 @@ __all__ = [
     "comm_hook",
     "decode",
     "encode",
+    "estimate_shard_memory",
     "fold",
     "fold_shards",
     "fully_shard",

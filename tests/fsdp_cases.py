@@ -78,10 +78,9 @@ def shard(model, recipe, *, blocks=True, **kwargs):
 
 
 def line(hosts=None):
-    """A mesh of all ranks, which pretend to be on `hosts` (the host of each rank)."""
+    """A mesh of all ranks, which pretend to be on `hosts` (the host of each rank; None: on one)."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    if hosts is not None:
-        memory_of(mesh.get_group()).facts[HOSTS] = Hosts(tuple(hosts))
+    memory_of(mesh.get_group()).facts[HOSTS] = Hosts(tuple(hosts or [0] * dist.get_world_size()))
     return mesh
 
 

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from commq.attach.fsdp_lanes import Lane, split
+from commq.attach.fsdp_plans import gradient_lanes
 from commq.attach.fsdp_unit import Traffic, Unit
 from commq.collectives.arguments import PIECE_BYTES
 from commq.collectives.message import Operand, make_messages
@@ -84,8 +85,7 @@ class BetweenHosts:
         phase = unit.progress.at(unit.steps - 1)
         key = (members, row.dtype, phase)
         if self._route is None or self._route[0] != key:
-            rotates = recipe.rotation is not None
-            lanes = unit.lanes(members, unit.formats(members, phase), unit=recipe.unit, rotates=rotates)
+            lanes = gradient_lanes(recipe, unit.shards(members), phase)
             sources = tuple(
                 Source(
                     lane.numel,

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from datetime import timedelta
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from commq.attach.fsdp_lanes import Lane, empty
+from commq.attach.fsdp_plans import weight_plan
 from commq.attach.fsdp_unit import Unit
-from commq.codecs.formats import Format, get_format
 from commq.codecs.ops import implementation
 from commq.codecs.reference import Coding
-from commq.collectives.plan import RAW, Plan, Source, make_plan
+from commq.collectives.plan import Plan
 from commq.collectives.schedule import Schedule
 from commq.collectives.sharded import ShardMessage, Strip, gather
 from commq.collectives.transport import C10d, Move
@@ -40,7 +39,7 @@ class WeightGather:
         self.tracker: Tracker | None = None
         self.saved: Tensor | None = None
         """Own row of a reference, restored before there was one."""
-        self._routes: dict[tuple[Any, ...], tuple[list[Lane], Plan]] = {}
+        self._routes: dict[dist.ProcessGroup, tuple[list[Lane], Plan]] = {}
 
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
         """FSDP copies its own shards into the own row of this buffer. Differences: it is the reference itself."""
@@ -89,7 +88,7 @@ class WeightGather:
             if plan is not None:
                 row_bytes, hops = plan.row_bytes, unit.hosts(transport) is not None
         else:
-            lanes, plan = self._route(x.dtype, transport)
+            lanes, plan = self._route(transport)
             rows, own = out.view(transport.world_size, -1), x.view(1, -1)
             landings = [empty(lane, rows, x.dtype) for lane in lanes]
             yield from self._gather(
@@ -112,7 +111,7 @@ class WeightGather:
         if not tracker.known:
             yield from _plain(tracker.rows.view(-1), tracker.rows[rank], transport)
             tracker.known = True
-        lanes, plan = self._route(torch.float32, transport)
+        lanes, plan = self._route(transport)
         difference = tracker.difference(x).view(1, -1)
         exchanged = []
         for lane in lanes:
@@ -139,33 +138,12 @@ class WeightGather:
         codec = implementation(unit.backend, strips[0].x.device)
         yield from gather(ShardMessage(plan, strips, transport, codec, unit.hosts(transport)))
 
-    def _route(self, dtype: torch.dtype, transport: C10d) -> tuple[list[Lane], Plan]:
-        """Lanes of all parameters; exempt ones travel as they are. dtype: of what is encoded."""
-        unit, recipe = self.unit, self.unit.recipe
-        assert recipe.weights is not None
-        key = (dtype, transport.group)
-        if key not in self._routes:
-            plain = self._plain_format()
-            formats = [
-                plain if recipe.exempts_weight(s.name, s.shape, torch.Size(s.shape).numel()) else recipe.weights
-                for s in unit.layout.shards
-            ]
-            pairs = [(fmt, fmt) for fmt in formats]
-            lanes = unit.lanes(tuple(range(len(pairs))), pairs, unit=recipe.weights.unit, rotates=False)
-            kinds = [dtype if lane.format.kind != "raw" else self._dtype() for lane in lanes]
-            sources = tuple(
-                Source(transport.world_size * lane.numel, kind, lane.format, lane.format, lane.unit)
-                for lane, kind in zip(lanes, kinds, strict=True)
-            )
-            self._routes[key] = lanes, make_plan(sources, world_size=transport.world_size)
-        return self._routes[key]
-
-    def _dtype(self) -> torch.dtype:
-        (dtype,) = self.unit.layout.dtypes
-        return dtype
-
-    def _plain_format(self) -> Format:
-        return get_format(RAW[self._dtype()])
+    def _route(self, transport: C10d) -> tuple[list[Lane], Plan]:
+        if transport.group not in self._routes:
+            layout = self.unit.layout
+            (dtype,) = layout.dtypes
+            self._routes[transport.group] = weight_plan(self.unit.recipe, layout.shards, dtype, transport.world_size)
+        return self._routes[transport.group]
 
 
 class GatherWork(dist.Work):

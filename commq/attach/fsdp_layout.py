@@ -40,6 +40,14 @@ class Shard:
         return min(self.valid) == self.numel
 
 
+def cut_shard(name: str, shape: tuple[int, ...], dim: int, world_size: int) -> Shard:
+    """As FSDP2 cuts a parameter."""
+    rest = int(torch.Size(shape[:dim] + shape[dim + 1 :]).numel())
+    step = -(-shape[dim] // world_size)
+    valid = tuple(min(max(shape[dim] - rank * step, 0), step) * rest for rank in range(world_size))
+    return Shard(name, shape, step * rest, valid, dim)
+
+
 def fsdp_modules(root: nn.Module) -> Iterator[tuple[str, FSDPModule]]:
     """FSDP modules beneath `root` and itself, by name, one for each that was sharded together with others."""
     seen: set[int] = set()
@@ -101,11 +109,7 @@ class GroupLayout:
             )
         if sharded.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(f"{name} is {sharded.dtype}, expected float32, bfloat16 or float16")
-        shape, dim = tuple(param._orig_size), param.fsdp_placement.dim
-        rest = int(torch.Size(shape[:dim] + shape[dim + 1 :]).numel())
-        step = -(-shape[dim] // self.world_size)
-        valid = tuple(min(max(shape[dim] - w * step, 0), step) * rest for w in range(self.world_size))
-        return Shard(name, shape, step * rest, valid, dim)
+        return cut_shard(name, tuple(param._orig_size), param.fsdp_placement.dim, self.world_size)
 
     @property
     def divide_factor(self) -> float | None:

@@ -11,12 +11,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from commq.attach.fsdp_lanes import Lane, empty, split
+from commq.attach.fsdp_plans import gradient_lanes, gradient_plan
 from commq.attach.fsdp_unit import Unit
 from commq.codecs.ops import implementation
 from commq.codecs.reference import Coding
 from commq.collectives.hosts import Hosts
-from commq.collectives.plan import Plan, Source, make_plan
-from commq.collectives.route import inside_format
+from commq.collectives.plan import Plan
 from commq.collectives.schedule import run
 from commq.collectives.sharded import ShardMessage, Strip, scatter
 from commq.collectives.transport import C10d
@@ -112,24 +112,8 @@ class GradientScatter:
         key = (members, x.dtype, phase, transport.group, hosts)
         if self._route is not None and self._route.key == key:
             return self._route
-        formats = [fmt for fmt, _ in unit.formats(members, phase)]
-        if unit.hybrid:
-            formats = [fmt if fmt.kind == "raw" else recipe.inside or inside_format(fmt) for fmt in formats]
-        lanes = unit.lanes(
-            members, [(fmt, fmt) for fmt in formats], unit=recipe.unit, rotates=recipe.rotation is not None
-        )
-        sources = tuple(
-            Source(
-                world_size * lane.numel,
-                x.dtype,
-                lane.format,
-                lane.format,
-                lane.unit,
-                (recipe.inside or inside_format(lane.format)) if hosts and lane.format.kind != "raw" else None,
-            )
-            for lane in lanes
-        )
-        plan = make_plan(sources, world_size=world_size)
+        lanes = gradient_lanes(recipe, unit.shards(members), phase, inside=unit.hybrid)
+        plan = gradient_plan(recipe, lanes, x.dtype, world_size, hops=hosts is not None)
         coded = [part.layout.format.kind != "raw" for part in plan.parts]
         self._route = _Route(
             key,

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 import torch.distributed as dist
 
-from commq.attach.fsdp_lanes import Lane, make_lanes
-from commq.attach.fsdp_layout import GroupLayout
-from commq.codecs.formats import Format
+from commq.attach.fsdp_layout import GroupLayout, Shard
 from commq.codecs.reference import Coding
 from commq.collectives.hosts import HOSTS, Hosts, find_hosts
 from commq.collectives.sharded import leaving_bytes
@@ -69,17 +66,8 @@ class Unit:
             return Coding(rounding=recipe.weights_rounding, seed=recipe.seed, step=step)
         return Coding(rounding=recipe.rounding, rotation=recipe.rotation, seed=recipe.seed, step=step)
 
-    def lanes(
-        self, members: tuple[int, ...], formats: list[tuple[Format, Format]], *, unit: int, rotates: bool
-    ) -> list[Lane]:
-        """Lanes of the shards number `members`. unit: of encoded ones."""
-        fill = rotates or any("sign" in (fmt.kind, answer.kind) for fmt, answer in formats)
-        return make_lanes([self.layout.shards[i] for i in members], formats, unit=unit, fill=fill)
-
-    def formats(self, members: tuple[int, ...], phase: int) -> list[tuple[Format, Format]]:
-        """Of the gradients of the shards number `members`, both hops'."""
-        shards = [self.layout.shards[i] for i in members]
-        return [self.recipe.formats_of(s.name, s.shape, torch.Size(s.shape).numel(), phase) for s in shards]
+    def shards(self, members: tuple[int, ...]) -> list[Shard]:
+        return [self.layout.shards[i] for i in members]
 
     def count(self, traffic: Traffic, row_numel: int, before: int, row_bytes: int, transport: C10d, hops: bool) -> None:
         """Count an exchange of rows of `row_numel` elements, before which the group had sent `before` bytes.
