@@ -4,12 +4,14 @@ With two ranks both round the sum of two numbers once and halve it exactly. Grad
 exact sums for any number of ranks.
 """
 
+import functools
+
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 
 import commq
 from fsdp_cases import RAW, Even, Net, line, loss, made, run, same_bits, shard, train, whole
@@ -129,6 +131,48 @@ def test_meta_device_and_placements():
     mean = torch.arange(60.0).view(5, 12) * sum(range(1, dist.get_world_size() + 1)) / dist.get_world_size()
     assert torch.equal(whole(model.a.grad), mean)
     assert torch.equal(whole(model.b.grad), torch.ones(10))
+
+
+@thread_ranks(4)
+def test_experts_on_a_mesh_of_their_own():
+    """Modules may be sharded over other ranks than the rest; one module's parameters may not."""
+    from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, ShardPlacementResult
+
+    mesh = dist.device_mesh.init_device_mesh("cpu", (2, 2), mesh_dim_names=("other", "expert"))
+    models = [made(), made()]
+    for model, apply in zip(models, (fully_shard, functools.partial(commq.fully_shard, recipe=RAW)), strict=True):
+        apply(model.blocks[0], mesh=mesh["expert"])
+        apply(model, mesh=line())
+        loss(model, 0).backward()
+    for plain, found in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert plain.device_mesh.size() == found.device_mesh.size()
+        assert torch.allclose(whole(found.grad), whole(plain.grad), rtol=1e-5, atol=1e-7)
+    with pytest.raises(ValueError, match="sharded over several meshes"):
+        model, whole_mesh = made(), FSDPMeshInfo(line(), shard_mesh_dim=0)
+        special = ShardPlacementResult(None, FSDPMeshInfo(mesh["expert"], shard_mesh_dim=0))
+        usual = ShardPlacementResult(None, whole_mesh)
+        commq.fully_shard(
+            model, mesh=line(), recipe=RAW, shard_placement_fn=lambda p: special if p is model.head.weight else usual
+        )
+
+
+@process_ranks(2)
+def test_modules_sharded_together_and_names_without_wrappers():
+    found = []
+    for apply in (fully_shard, functools.partial(commq.fully_shard, recipe=RAW)):
+        model = made()
+        checkpoint(model)
+        apply([model.blocks[1], model.head])
+        apply(model)
+        found.append(train(model))
+    same_bits(*found)
+    names = [shard_.name for each in found[1].handle.units.values() for shard_ in each.unit.layout.shards]
+    assert sorted(names) == sorted(name for name, _ in Net().named_parameters())
+
+
+@process_ranks(1)
+def test_alone():
+    same_bits(run("full-shard"), run(None))
 
 
 @thread_ranks(2)

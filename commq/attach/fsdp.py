@@ -11,6 +11,7 @@ FSDP2 does besides (prefetching, mixed precision, offloading, accumulation, chec
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -35,20 +36,22 @@ from commq.policy.rule import check_rules
 from commq.recipe import Recipe
 from commq.recipes import recipe as get_recipe
 
+_WRAPPERS = re.compile(r"_checkpoint_wrapped_module\.|_orig_mod\.")
+"""What wrappers of torch put into the names of parameters."""
 _SCHEDULES = ("two_shot", "two_hop", "auto")
 # Kept on the modules themselves, so that they go when the modules go.
 _ATTACHED, _HANDLE = "_commq_attached", "_commq_handle"
 
 
 def fully_shard(
-    module: nn.Module,
+    module: nn.Module | list[nn.Module],
     *,
     mesh: DeviceMesh | None = None,
     recipe: Recipe | str | Path | Mapping[str, Any] | None = None,
     backend: str = "auto",
     **kwargs: Any,
-) -> nn.Module:
-    """torch's fully_shard, with encoded communication for `module` and every FSDP module beneath it.
+) -> Any:
+    """torch's fully_shard, with encoded communication for `module` and every FSDP module beneath it; returns `module`.
 
     Call it bottom-up, as torch's; modules beneath that were sharded by torch's fully_shard get this call's recipe,
     those sharded by this one keep theirs. Call it on the root last, on every rank; `handle_of(root)` is the handle.
@@ -69,7 +72,8 @@ def fully_shard(
     resolved = _resolve(recipe, kwargs.get("reshard_after_forward"), groups, hybrid=outer is not None)
     kwargs = kwargs | _resharding(resolved, C10d(groups[0]), kwargs.get("reshard_after_forward"))
     torch_fully_shard(module, mesh=shard_mesh, **kwargs)
-    attach(module, resolved, outer, backend=backend)
+    for each in [module] if isinstance(module, nn.Module) else module:
+        attach(each, resolved, outer, backend=backend)
     return module
 
 
@@ -83,7 +87,7 @@ def handle_of(module: nn.Module) -> ShardHandle:
 
 def attach(root: nn.Module, recipe: Recipe, outer: dist.ProcessGroup | None, *, backend: str = "auto") -> ShardHandle:
     """Put commq's collectives into all FSDP modules of `root` that have none, and number and name all of them."""
-    names = {id(parameter): name for name, parameter in root.named_parameters()}
+    names = {id(parameter): _WRAPPERS.sub("", name) for name, parameter in root.named_parameters()}
     units: dict[str, Attached] = {}
     for where, module in fsdp_modules(root):
         layout = GroupLayout(module, names, where)
@@ -92,7 +96,8 @@ def attach(root: nn.Module, recipe: Recipe, outer: dist.ProcessGroup | None, *, 
         known = getattr(module, _ATTACHED, None)
         if known is None:
             known = _attach(module, Unit(layout, recipe, 0, hybrid=outer is not None, backend=backend), outer)
-            setattr(module, _ATTACHED, known)
+            for each in layout.modules:
+                setattr(each, _ATTACHED, known)
         known.unit.layout.rename(layout.shards)
         known.unit.number = len(units)
         units[where] = known
@@ -119,8 +124,9 @@ def _attach(module: Any, unit: Unit, outer: dist.ProcessGroup | None) -> Attache
     if outer is not None and dist.get_world_size(outer) > 1:
         between = BetweenHosts(unit, outer)
         module.set_all_reduce_hook(between)
-    module.register_load_state_dict_post_hook(lambda *_: gather.forget())
-    _watch(module, unit.layout)
+    for each in unit.layout.modules:
+        each.register_load_state_dict_post_hook(lambda *_: gather.forget())
+        _watch(each, unit.layout)
     return Attached(unit, gather, scatter, between)
 
 

@@ -118,6 +118,11 @@ class GroupLayout:
         return factor
 
     @property
+    def modules(self) -> tuple[nn.Module, ...]:
+        """Those that were sharded together: one, unless fully_shard was given a list."""
+        return tuple(self._group.modules)
+
+    @property
     def all_reduces(self) -> bool:
         """False while the user accumulates shards with set_requires_all_reduce(False)."""
         return bool(self._group.all_reduce_grads)
