@@ -194,3 +194,33 @@ def test_four_bits_for_weights_need_differences(differences):
     weights = gathered(found.model)
     distance = error(weights, found.parameters)
     assert distance < 1e-3 if differences else distance > 0.05
+
+
+@thread_ranks(2)
+def test_four_bits_for_weights_without_differences_learn_less():
+    """A linear map is learned to the end with differences; without, the loss stays at the rounding of the weights."""
+
+    class Linear(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(64, 256))
+
+        def forward(self, x):
+            return x @ self.weight.T
+
+    teacher = made(Linear).weight.detach() * 4
+    losses = {}
+    for differences in (True, False):
+        recipe = commq.recipe("sdp4bit", weights_difference=differences)
+        model = shard(made(Linear), recipe, mesh=line(), reshard_after_forward=False)
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, 200)
+        for step in range(200):
+            x = torch.randn(64, 256, generator=torch.Generator().manual_seed(2 * step + dist.get_rank()))
+            found = (model(x) - x @ teacher.T).square().mean()
+            optimizer.zero_grad()
+            found.backward()
+            optimizer.step()
+            schedule.step()
+        losses[differences] = found.item()
+    assert losses[True] < losses[False] / 1000, losses

@@ -194,6 +194,8 @@ def test_what_cannot_be_compressed_is_refused():
         shard(Net(), ("int8", "int4")[dist.get_rank()], mesh=mesh)
     with pytest.raises(TypeError, match="unexpected keyword"):
         shard(Net(), RAW, mesh=mesh, colour="blue")
+    with pytest.raises(ValueError, match="which DDP does not send"):
+        commq.HookState("sdp4bit")
     with pytest.raises(KeyError, match="was not given to"):
         commq.handle_of(Net())
     model = shard(Net(), RAW, mesh=mesh, reshard_after_forward=True)
