@@ -86,7 +86,7 @@ def same_on_all_ranks(tensor):
 
 
 @process_ranks(2, 3, **NCCL)
-@pytest.mark.parametrize("recipe", [name for name in commq.recipes() if not commq.recipe(name).is_for_shards])
+@pytest.mark.parametrize("recipe", commq.recipes())
 def test_ddp_replicas_stay_identical_and_runs_repeat(recipe):
     first, handle = train(recipe)
     again, _ = train(recipe, bucket_mb=0.1)  # and the bits do not depend on the buckets
