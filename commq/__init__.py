@@ -13,6 +13,10 @@ One line turns it on for a DistributedDataParallel module:
 from commq.attach.check import ReplicaError
 from commq.attach.ddp import HookState, comm_hook, register
 from commq.attach.estimate import estimate_memory
+from commq.attach.fsdp import fully_shard, handle_of
+from commq.attach.fsdp_estimate import estimate_shard_memory
+from commq.attach.fsdp_module import FSDP
+from commq.attach.fsdp_state import fold_shards, read_shard_states
 from commq.build_info import build_info
 from commq.codecs.formats import Format, get_format
 from commq.codecs.ops import Encoded, decode, encode
@@ -35,6 +39,7 @@ from commq.recipes import recipe, recipes
 
 __all__ = [
     "Adapt",
+    "FSDP",
     "Encoded",
     "Exempt",
     "Feedback",
@@ -55,8 +60,13 @@ __all__ = [
     "decode",
     "encode",
     "estimate_memory",
+    "estimate_shard_memory",
     "fold",
+    "fold_shards",
+    "fully_shard",
     "get_format",
+    "handle_of",
+    "read_shard_states",
     "recipe",
     "recipes",
     "recv",

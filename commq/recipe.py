@@ -28,11 +28,13 @@ _KINDS = {
     "format": Format,
     "answer": Format,
     "inside": Format,
+    "weights": Format,
     "rotation": Rotation,
     "feedback": Feedback,
     "answer_feedback": Feedback,
     "exempt": Exempt,
 }
+_OPTIONAL = ("rotation", "answer", "inside", "weights")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,13 +63,23 @@ class Recipe:
     """When and how `format` follows the gradients: its levels (a table, rounded stochastically), or its bits (eden)."""
     phases: tuple[Phase, ...] = ()
     """What holds before the recipe's own formats do, one after the other."""
+    weights: Format | None = None
+    """Sharded training: how parameters are gathered. None: as they are."""
+    weights_rounding: Literal["nearest", "stochastic"] = "nearest"
+    weights_difference: bool = False
+    """Gather the difference to what all ranks already hold: `weights` may then be 4 bits, at the cost of one full copy
+    of the parameters on each rank (SDP4Bit). Only where parameters are kept after the forward pass."""
+    secondary: bool = False
+    """Keep what was gathered inside each host after the forward pass: the backward pass gathers it there (hpZ)."""
     seed: int = 0
     """Seed of stochastic rounding and random signs (32 bits, the same on all ranks)."""
 
     def __post_init__(self) -> None:
         for name, kind in _KINDS.items():
             value = getattr(self, name)
-            if not isinstance(value, kind) and not (value is None and name in ("rotation", "answer", "inside")):
+            if not isinstance(value, kind) and not (
+                value is None and name in ("rotation", "answer", "inside", "weights")
+            ):
                 raise ValueError(f"{name}={value!r}: expected a commq.{kind.__name__}")
         for name, kind in (("rules", Rule), ("phases", Phase)):
             value = getattr(self, name)
@@ -82,6 +94,7 @@ class Recipe:
             check_coding(fmt, coding)
         self._check_feedback()
         self._check_adapt()
+        self._check_weights()
         for fmt in (self.format, *(rule.format for rule in self.rules), *(phase.format for phase in self.phases)):
             check_schedule(
                 self.schedule,
@@ -140,6 +153,22 @@ class Recipe:
                 "answer_feedback with phases: the owners of chunks change with the format; drop one of them"
             )
 
+    def _check_weights(self) -> None:
+        if self.weights is not None:
+            check_coding(self.weights, Coding(rounding=self.weights_rounding))
+        if self.weights is None and (self.weights_difference or self.weights_rounding != "nearest"):
+            raise ValueError("weights_difference or weights_rounding without weights: expected a format for weights")
+        if self.weights is not None and self.weights_difference and self.weights.kind == "raw":
+            raise ValueError(
+                f"weights_difference with weights={self.weights.name!r}: a difference is worth sending in few bits; "
+                "use int4 or int8, or drop weights_difference"
+            )
+        if self.weights_difference and self.secondary:
+            raise ValueError(
+                "weights_difference with secondary: the one keeps all parameters on every rank, the other only a "
+                "host's share; drop one of them"
+            )
+
     def __str__(self) -> str:
         rotation = f"rotation {self.rotation.size}{' with signs' * self.rotation.signs}" if self.rotation else ""
         rule = self.feedback
@@ -147,6 +176,8 @@ class Recipe:
         extra = [
             f"{self.answer_feedback.rule} feedback of the answer" if self.answer_feedback.rule != "none" else "",
             f"schedule {self.schedule}" if self.schedule != "two_shot" else "",
+            f"weights {self.weights}{' as differences' * self.weights_difference}" if self.weights else "",
+            "secondary shards" if self.secondary else "",
             *(f"{each.pattern}: {each.format}" for each in self.rules),
             *(f"first {_until(phase)}: {phase.format}" for phase in self.phases),
         ]
@@ -157,6 +188,11 @@ class Recipe:
     @property
     def answer_format(self) -> Format:
         return self.answer or self.format
+
+    @property
+    def is_for_shards(self) -> bool:
+        """It says something that only sharded training can do."""
+        return self.weights is not None or self.secondary
 
     @property
     def unit(self) -> int:
@@ -175,6 +211,11 @@ class Recipe:
         if holds is None:
             return self.format, self.answer_format
         return holds.format, holds.answer or holds.format
+
+    def exempts_weight(self, name: str, shape: tuple[int, ...], numel: int) -> bool:
+        """Whether a parameter is gathered as it is although `weights` is set."""
+        rule = next((rule for rule in self.rules if rule.matches(name)), None)
+        return rule.format.kind == "raw" if rule is not None else self.exempt.covers(shape, numel)
 
     def _later(self, *, answers: bool = True) -> Iterator[Format]:
         """Formats of rules and phases, and the one inside hosts."""

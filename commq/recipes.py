@@ -20,6 +20,14 @@ from commq.policy.rule import Rule
 from commq.policy.widths import Widths
 from commq.recipe import Recipe
 
+_TLQ_HS: dict[str, Any] = {
+    "format": get_format("int4"),
+    "inside": get_format("int8"),
+    "schedule": "two_hop",
+    "rounding": "stochastic",
+    "rotation": Rotation(size=32),
+}
+
 _RECIPES = {
     r.name: r
     for r in (
@@ -50,14 +58,7 @@ _RECIPES = {
             feedback=Feedback(rule="averaged", decay=0.8, reset_every=512, storage="int8"),
         ),
         # SDP4Bit's gradients (Jia et al. 2024), TLq-HS: rotated, 8 bits inside a host and 4 between, unbiased.
-        Recipe(
-            name="tlq-hs",
-            format=get_format("int4"),
-            inside=get_format("int8"),
-            schedule="two_hop",
-            rounding="stochastic",
-            rotation=Rotation(size=32),
-        ),
+        Recipe(name="tlq-hs", **_TLQ_HS),
         # The same between hosts: 4 bits inside a host, with LoCo's feedback, and between them. DeepSpeed's LoCo feeds
         # back the encoding between hosts as well; here that hop's own loss (of sums over a host's ranks) is not kept.
         Recipe(
@@ -139,6 +140,35 @@ _RECIPES = {
         Recipe(name="dynamic8", format=get_format("dynamic8")),
         # Marsit (Wu et al. 2022): a ring of single bits, unbiased.
         Recipe(name="marsit", format=get_format("sign"), schedule="one_bit"),
+        # Sharded training. Gradients without memory: rotated, unbiased, 8 bits inside a host and 4 between.
+        Recipe(name="full-shard", **_TLQ_HS, weights=get_format("int8")),
+        # SDP4Bit (Jia et al. 2024): parameters stay on every rank, so 4 bits do for what changed.
+        Recipe(name="sdp4bit", **_TLQ_HS, weights=get_format("int4", block=2048), weights_difference=True),
+        # Shards inside a host, and between hosts an all-reduce that keeps what it loses; weights never leave a host.
+        Recipe(
+            name="hybrid-shard",
+            format=get_format("int4"),
+            inside=get_format("int8"),
+            schedule="two_hop",
+            feedback=Feedback(rule="averaged"),
+        ),
+        # ZeRO++ (Wang et al. 2023): qwZ, qgZ and hpZ.
+        Recipe(
+            name="zero++",
+            format=get_format("int4"),
+            inside=get_format("int4"),
+            schedule="two_hop",
+            weights=get_format("int8"),
+            secondary=True,
+        ),
+        # QSDP (Markov et al. 2023): unbiased 8 bits for both; stochastic rounding stands for its random shift.
+        Recipe(
+            name="qsdp",
+            format=get_format("int8", block=1024),
+            rounding="stochastic",
+            weights=get_format("int8", block=1024),
+            weights_rounding="stochastic",
+        ),
     )
 }
 
@@ -171,7 +201,7 @@ def recipe(name: str | Path | Mapping[str, Any], **overrides: Any) -> Recipe:
     if unknown:
         raise ValueError(f"recipe {name!r} has no {', '.join(unknown)}; expected some of {', '.join(sorted(known))}")
     block, warm_up = overrides.pop("block", None), overrides.pop("warm_up", 0)
-    for key in ("format", "answer", "inside"):
+    for key in ("format", "answer", "inside", "weights"):
         if key in overrides:
             overrides[key] = _format(overrides[key])
     if isinstance(overrides.get("rotation"), int):

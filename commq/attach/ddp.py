@@ -300,6 +300,11 @@ def _resolve(recipe: object, transport: Transport) -> Recipe:
         resolved = get_recipe(recipe) if isinstance(recipe, str | Path | Mapping) else recipe
         if not isinstance(resolved, Recipe):
             raise TypeError(f"recipe is a {type(recipe).__name__}, expected a commq.Recipe, a name, a dict or a file")
+        if resolved.is_for_shards:
+            raise ValueError(
+                f"recipe {resolved.name!r} says how sharded parameters travel, which DDP does not send; use it with "
+                "commq.FSDP, or weights=None, secondary=False"
+            )
     except (OSError, TypeError, ValueError) as error:
         failure = error
     check_equal("the recipe", str(failure) if failure else repr(resolved), transport)

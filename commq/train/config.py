@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+_RECIPES = {"ddp": "int4", "fsdp": "full-shard", "hsdp": "hybrid-shard"}
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
@@ -98,8 +100,11 @@ class Config:
     there are enough of them on its machine, otherwise all use the CPU and gloo. Ctrl-C saves and stops.
     """
 
-    recipe: str = "int4"
-    """How gradients travel: fp32, bf16, fp8, int8, int4, int2 or onebit."""
+    recipe: str = "default"
+    """How gradients, and sharded parameters, travel: one of commq.recipes(), or a file. By default int4 for ddp,
+    full-shard for fsdp, hybrid-shard for hsdp."""
+    parallel: Literal["ddp", "fsdp", "hsdp"] = "ddp"
+    """ddp: every process has all parameters. fsdp: they are sharded over all processes; hsdp: over those of a host."""
     steps: int = 300
     """Optimizer steps in the whole run."""
     seed: int = 0
@@ -111,6 +116,8 @@ class Config:
 
     def __post_init__(self) -> None:
         _require_positive(self, "steps")
+        if self.recipe == "default":
+            object.__setattr__(self, "recipe", _RECIPES[self.parallel])
 
     def flat(self) -> dict[str, bool | int | float | str | None]:
         """Every field by its name on the command line; plain data."""

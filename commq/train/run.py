@@ -19,6 +19,7 @@ from commq.train.data import load_corpus
 from commq.train.display import Display
 from commq.train.metrics import Metrics, Row, check_tensorboard
 from commq.train.ranks import Ranks, compare_ranks
+from commq.train.sharded import ShardedTrainer
 from commq.train.stop import Stop
 from commq.train.trainer import Trainer
 
@@ -50,7 +51,7 @@ class Run:
             error = problem
         compare_ranks(facts, error)
 
-        self.trainer = Trainer(config, recipe, corpus, ranks)
+        self.trainer = (Trainer if config.parallel == "ddp" else ShardedTrainer)(config, recipe, corpus, ranks)
         self._say(f"{ranks}, torch {self._place['torch']}")
         self._say(f"data    {corpus}")
         self._say(f"model   {sum(p.numel() for p in self.trainer.ddp.parameters()) / 1e6:.2f} M parameters")
@@ -168,8 +169,7 @@ class Run:
                     f"{path} is of {old_size} processes and there are now {world_size}; start {old_size}, "
                     "or pass --reshard to fold their residuals and go on with another batch per step"
                 )
-            residuals = [load_own(path, old)["handle"]["residual"] for old in range(old_size)]
-            own["handle"]["residual"] = commq.fold(residuals, world_size)[rank]
+            own["handle"] = self.trainer.fold([load_own(path, old)["handle"] for old in range(old_size)])
         self.trainer.load_state(common, own)
         self._seconds_before = common["seconds"]
         self._say(f"resume  {path}")

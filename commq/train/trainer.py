@@ -25,10 +25,14 @@ class Trainer:
         self.step = 0
         torch.manual_seed(config.seed)
         model = GPT(config.model).to(ranks.device)
-        self.ddp = DistributedDataParallel(model, process_group=ranks.group)
-        self.handle = commq.register(self.ddp, recipe)
+        self.ddp, self.handle = self._attach(model, recipe)
         self.optimizer = make_optimizer(model, config.optimizer)
         self._autocast = torch.autocast("cuda", torch.bfloat16, enabled=ranks.device.type == "cuda")
+
+    def _attach(self, model: torch.nn.Module, recipe: commq.Recipe) -> tuple[Any, Any]:
+        """The model whose gradients travel by `recipe`, and its handle."""
+        ddp = DistributedDataParallel(model, process_group=self.ranks.group)
+        return ddp, commq.register(ddp, recipe)
 
     @property
     def tokens_per_step(self) -> int:
@@ -91,12 +95,20 @@ class Trainer:
     def load_state(self, common: dict[str, Any], own: dict[str, Any]) -> None:
         """Continue from what `common_state` and `own_state` returned."""
         self.step = common["step"]
-        self.ddp.module.load_state_dict(common["model"])
-        self.optimizer.load_state_dict(common["optimizer"])
+        self._load_common(common)
         self.handle.load_state_dict(own["handle"])
         torch.set_rng_state(own["random"])
         if "random_cuda" in own:
             torch.cuda.set_rng_state(own["random_cuda"], self.ranks.device)
+
+    def fold(self, handles: list[dict[str, Any]]) -> dict[str, Any]:
+        """This rank's handle state from those of another number of ranks."""
+        residuals = commq.fold([handle["residual"] for handle in handles], self.ranks.world_size)
+        return handles[min(self.ranks.rank, len(handles) - 1)] | {"residual": residuals[self.ranks.rank]}
+
+    def _load_common(self, common: dict[str, Any]) -> None:
+        self.ddp.module.load_state_dict(common["model"])
+        self.optimizer.load_state_dict(common["optimizer"])
 
     def _loss(self, model: torch.nn.Module, sequences: Tensor) -> Tensor:
         sequences = sequences.to(self.ranks.device)

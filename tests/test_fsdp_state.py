@@ -1,0 +1,136 @@
+"""Checkpoints of sharded training: to the bit at the same size, by a stated rule at another."""
+
+import copy
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+import commq
+from commq.attach.fsdp_state import _join, _numel
+from fsdp_cases import grid, line, made, run, same_bits, shard, train
+from harness import process_ranks, thread_ranks
+
+STATEFUL = ("sdp4bit", "loco", commq.recipe("loco", format="int4", feedback={"rule": "classic", "storage": "fp32"}))
+
+
+@pytest.fixture
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("checkpoint")
+
+
+@process_ranks(2)
+def test_resume_through_distributed_checkpoint(folder):
+    for number, recipe in enumerate(STATEFUL):
+        whole = run(recipe, steps=4)
+        half = run(recipe, steps=2)
+        key = f"commq-{dist.get_rank()}"
+        states = dict(zip(("model", "optimizer"), get_state_dict(half.model, half.optimizer), strict=True))
+        path = folder / str(number)
+        dcp.save({**states, key: half.handle.state_dict()}, checkpoint_id=path)
+
+        model = shard(made(), recipe)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1.0)
+        fresh = train(model, 2, first=50, optimizer=optimizer)  # other steps: everything is loaded over something
+        states = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
+        states[key] = commq.handle_of(model).state_dict()
+        dcp.load(states, checkpoint_id=path)
+        set_state_dict(model, optimizer, model_state_dict=states["model"], optim_state_dict=states["optimizer"])
+        fresh.handle.load_state_dict(states[key])
+        resumed = train(model, 2, first=2, optimizer=optimizer)
+        assert all(
+            torch.equal(resumed.grads[i][name], grad) for i in range(2) for name, grad in whole.grads[2 + i].items()
+        )
+        resumed.grads[:0] = half.grads
+        same_bits(resumed, whole)
+        assert resumed.handle.stats().steps == 4
+
+        saved = commq.read_shard_states(path)
+        assert len(saved) == 2
+        mine, found = half.handle.state_dict(), saved[dist.get_rank()]
+        assert found["mesh"] == mine["mesh"]
+        for name, unit in mine["units"].items():
+            assert torch.equal(unit["reference"], found["units"][name]["reference"])
+        folded = commq.fold_shards(saved, 3)
+        check_sums(saved, folded, "first", 2, 3)
+
+
+def check_sums(old, new, kind, old_size, new_size):
+    """The sum over all ranks of each parameter's residual is kept (up to one rounding of the storage)."""
+    for name, unit in old[0]["units"].items():
+        for shard_ in unit["shards"]:
+            key = f"{shard_[0]}#0"
+            if key not in unit["residuals"][kind]["values"]:
+                continue
+            totals = [
+                total(states, name, kind, tuple(shard_), size) for states, size in ((old, old_size), (new, new_size))
+            ]
+            limit = 0.02 if unit["residuals"][kind]["storage"] == "int8" else 1e-6
+            assert (totals[0] - totals[1]).norm() <= limit * totals[0].norm()
+
+
+def total(states, name, kind, shard_, size):
+    from commq.codecs.reference import load_residual
+
+    def values(state, row):
+        residual = state["units"][name]["residuals"][kind]
+        key = f"{shard_[0]}#{row}"
+        found = load_residual(residual["values"][key], residual["scales"].get(key), residual["block"])
+        assert found.numel() == _numel(shard_, size)
+        return found
+
+    if kind == "first":
+        return sum(_join([values(state, row) for row in range(size)], shard_) for state in states)
+    hosts = [states[i : i + size] for i in range(0, len(states), size)]
+    return sum(_join([values(state, 0) for state in host], shard_) for host in hosts)
+
+
+@thread_ranks(4)
+def test_fold_between_hosts():
+    found = run("hybrid-shard", mesh=grid(2), steps=2)
+    states = [None] * 4
+    dist.all_gather_object(states, found.handle.state_dict())
+    assert commq.fold_shards(states, 2, 2) is states
+    for replicas, size in ((4, 1), (1, 3), (3, 2)):
+        folded = commq.fold_shards(states, size, replicas)
+        assert len(folded) == replicas * size
+        check_sums(states, folded, "between", 2, size)
+    model = shard(made(), "hybrid-shard", mesh=grid(4))
+    commq.handle_of(model).load_state_dict(commq.fold_shards(states, 1, 4)[dist.get_rank()])
+    train(model, 1, first=2)
+    assert commq.handle_of(model).stats().steps == 3
+
+
+@thread_ranks(4)
+def test_references_are_cut_anew():
+    found = run("sdp4bit", mesh=line(), steps=2)
+    states = [None] * 4
+    dist.all_gather_object(states, found.handle.state_dict())
+    there = commq.fold_shards(states, 3)
+    back = commq.fold_shards(there, 4)
+    for old, new in zip(states, back, strict=True):
+        for name, unit in old["units"].items():
+            assert torch.equal(unit["reference"], new["units"][name]["reference"])
+
+
+@thread_ranks(2)
+def test_a_state_of_something_else_is_refused():
+    handle = run("loco", mesh=line(), steps=1).handle
+    state = handle.state_dict()
+    odd = copy.deepcopy(state)
+    odd["units"]["other"] = odd["units"].pop("")
+    with pytest.raises(ValueError, match="other FSDP modules than this model"):
+        handle.load_state_dict(odd)
+    odd = copy.deepcopy(state)
+    odd["units"][""]["shards"][0][1] = [5, 5]
+    with pytest.raises(ValueError, match="the state is of parameters"):
+        handle.load_state_dict(odd)
+    folded = commq.fold_shards([state, state], 3)[0]
+    with pytest.raises(ValueError, match="fold_shards the states first"):
+        handle.load_state_dict(folded)
+    with pytest.raises(ValueError, match="expected those of all 2 ranks"):
+        commq.fold_shards([state], 3)
+    with pytest.raises(ValueError, match="resume with the recipe they were saved with"):
+        run("int8", mesh=line(), steps=1).handle.load_state_dict(state)
