@@ -38,8 +38,8 @@ from commq.recipe import Recipe
 from commq.recipes import recipe, recipes
 
 __all__ = [
-    "Adapt",
     "FSDP",
+    "Adapt",
     "Encoded",
     "Exempt",
     "Feedback",

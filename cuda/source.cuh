@@ -68,6 +68,13 @@ struct Source<LevelCodes<Hop>> {
   __device__ __forceinline__ void decode(const Layout& layout, float (&x)[V]) const {
     decode_block<LevelCodes<Hop>>(codes, scale.template value<false>(layout.scale), layout.scale, x);
   }
+
+  __device__ __forceinline__ void add(const Layout& layout, float (&x)[V]) const {
+    float message[V];
+    decode(layout, message);
+#pragma unroll
+    for (int j = 0; j < V; ++j) x[j] = __fadd_rn(x[j], message[j]);
+  }
 };
 
 template <>

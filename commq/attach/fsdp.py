@@ -172,7 +172,7 @@ def _resolve(recipe: object, reshard: object, groups: list[dist.ProcessGroup], *
     except (OSError, TypeError, ValueError) as error:
         failure = error
     for group in groups:
-        check_equal("the recipe", str(failure) if failure else repr(resolved), group)
+        check_equal("the recipe", str(failure) if failure else repr(resolved), C10d(group))
     if failure:
         raise failure
     assert isinstance(resolved, Recipe)
