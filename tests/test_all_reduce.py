@@ -9,7 +9,7 @@ import torch.distributed as dist
 import commq
 from commq.codecs.bounds import error_bound
 from commq.codecs.formats import FORMATS
-from commq.collectives.transport import check_equal
+from commq.collectives.transport import C10d, check_equal
 from harness import process_ranks, rank_generator, run_processes, run_threads, thread_ranks
 
 all_reduce = partial(commq.all_reduce, schedule="two_shot")
@@ -184,7 +184,7 @@ def test_ranks_that_differ_all_say_so():
 
 def differ():
     try:
-        check_equal("the recipe", repr("b" if dist.get_rank() == 2 else "a"), None)
+        check_equal("the recipe", repr("b" if dist.get_rank() == 2 else "a"), C10d())
     except ValueError as error:
         return str(error)
     return "no error"

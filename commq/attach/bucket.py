@@ -40,6 +40,8 @@ class Member:
     answer: Format
     first_unit: int
     """Number of its first unit, counted over the whole model: where its random bits start."""
+    live: Tensor | None = None
+    """int64: its elements that travel, `numel` of them; None: all."""
 
 
 @dataclass(frozen=True)
@@ -75,19 +77,27 @@ class Coded:
     blocks: Blocks | None
     answer_blocks: Blocks | None
     answer_residual: Tensor | None = None
+    lives: tuple[Tensor | None, ...] = ()
+    """For each segment, the places in DDP's buffer of the elements that travel; None: all from `starts` on."""
+
+    def residuals(self) -> list[Tensor]:
+        """All tensors of feedback."""
+        own = (self.residual.values, self.residual.scales) if self.residual else ()
+        return [tensor for tensor in (*own, self.answer_residual) if tensor is not None]
 
     def gather(self, buffer: Tensor) -> Tensor:
         if self.in_place:
             return buffer
         aligned = buffer.new_zeros(self.numel)
-        for start, s in zip(self.starts, self.segments, strict=True):
-            aligned[s.offset : s.offset + s.numel] = buffer[start : start + s.numel]
+        for start, s, live in zip(self.starts, self.segments, self.lives, strict=True):
+            aligned[s.offset : s.offset + s.numel] = buffer[start : start + s.numel] if live is None else buffer[live]
         return aligned
 
     def scatter(self, buffer: Tensor, x_N: Tensor) -> None:
         if not self.in_place:
-            for start, s in zip(self.starts, self.segments, strict=True):
-                buffer[start : start + s.numel] = x_N[s.offset : s.offset + s.numel]
+            for start, s, live in zip(self.starts, self.segments, self.lives, strict=True):
+                here = slice(start, start + s.numel) if live is None else live
+                buffer[here] = x_N[s.offset : s.offset + s.numel]
         if self.residual is not None and self.padding is not None:
             self.residual.values[self.padding] = 0
 
@@ -172,7 +182,9 @@ def _code(
     feeds_back = recipe.feedback.rule != "none"
     # A rotation and sign codes send something for padding, too. Its residual must not depend on the bucket.
     leaks = feeds_back and (recipe.rotation is not None or fmt.kind == "sign")
-    in_place = alone and all(m.offset % unit == 0 and not (leaks and m.numel % unit) for m in members)
+    in_place = alone and all(
+        m.live is None and m.offset % unit == 0 and not (leaks and m.numel % unit) for m in members
+    )
     segments, end = [], 0
     for m in members:
         segments.append(Segment(m.name, m.offset if in_place else end, m.numel))
@@ -181,7 +193,17 @@ def _code(
     inside = (recipe.inside or inside_format(fmt)) if two_levels else None
     whole = recipe.rounding == "stochastic" and "raw" in (answer.kind, inside.kind if inside else "")
     source = Source(numel, buffer.dtype, fmt, answer, unit, inside, whole)
-    group = Coded(numel, tuple(m.offset for m in members), tuple(segments), in_place, None, None, None, None)
+    group = Coded(
+        numel,
+        tuple(m.offset for m in members),
+        tuple(segments),
+        in_place,
+        residual=None,
+        padding=None,
+        blocks=None,
+        answer_blocks=None,
+        lives=tuple(None if m.live is None else m.live + m.offset for m in members),
+    )
     part = make_plan((source,), world_size=world_size).parts[0]
     if part.layout.format.kind == "raw":
         return source, group

@@ -21,14 +21,14 @@ from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
 from commq.attach.answer_residual import AnswerResidual
-from commq.attach.bucket import Bucket, Member, bind_answers, make_bucket
+from commq.attach.bucket import Bucket, Coded, Member, bind_answers, make_bucket
 from commq.codecs.reference import Coding
 from commq.collectives.hosts import find_hosts
 from commq.collectives.message import make_messages
 from commq.collectives.plan import RAW, raw_bytes
 from commq.collectives.route import Route, find_route
 from commq.collectives.schedule import Exchange
-from commq.collectives.transport import C10d, check_equal
+from commq.collectives.transport import C10d, Transport, check_equal
 from commq.feedback.residual import Residual
 from commq.policy.phase import Progress
 from commq.policy.rule import check_rules
@@ -41,7 +41,8 @@ class HookState:
     """State of `comm_hook` on one rank: recipe, residuals, layout of every bucket, counters.
 
     recipe: a Recipe or its name. module: the DDP module, which names the parameters in checkpoints; without
-    it they are numbered in the order in which buckets first show them. group: DDP's process group.
+    it they are numbered in the order in which buckets first show them. group: DDP's process group. transport: what
+    moves the bytes, in place of a group.
     """
 
     def __init__(
@@ -50,13 +51,14 @@ class HookState:
         module: DistributedDataParallel | None = None,
         *,
         group: dist.ProcessGroup | None = None,
+        transport: Transport | None = None,
         grad_scaler: torch.amp.GradScaler | None = None,
         backend: str = "auto",
     ) -> None:
-        if module is not None and group is None:
-            group = module.process_group
-        self.transport = C10d(group)
-        self.recipe = _resolve(recipe, group)
+        if transport is None:
+            transport = C10d(group if group is not None or module is None else module.process_group)
+        self.transport = transport
+        self.recipe = _resolve(recipe, transport)
         self.grad_scaler = grad_scaler
         self.backend = backend
         self.residual = Residual(self.recipe.feedback, self.recipe.format.block)
@@ -68,6 +70,7 @@ class HookState:
         self._members: dict[int, tuple[str, int]] = {}
         self._next_unit = 0
         self._numels: dict[str, int] = {}
+        self._live: dict[str, Tensor] = {}
         self._buckets: dict[tuple[int, int], tuple[tuple[int, ...], Bucket, Route]] = {}
         self._two_levels: bool | None = None
         self._side: torch.cuda.Stream | None = None
@@ -76,6 +79,27 @@ class HookState:
                 self._member(parameter, name)
                 self._numels[name] = parameter.numel()
             check_rules(self.recipe.rules, self._numels)
+
+    def restart(self, live: Mapping[str, Tensor]) -> None:
+        """Begin anew without residuals, and encode only some elements of some parameters.
+
+        live: by parameter name, the numbers (int64, rising, in memory order) of the elements that travel where the
+        format is not raw. The others, which have to be zero on all ranks, stay as they are in the bucket and count in
+        no block's scale: codes without a zero, such as sign, would move them. The same on all ranks.
+        """
+        self._live = dict(live)
+        self._numels |= {name: index.numel() for name, index in live.items()}
+        self._buckets.clear()
+        self.residual = Residual(self.recipe.feedback, self.recipe.format.block)
+        if self.answer_residual is not None:
+            self.answer_residual = AnswerResidual(self.transport)
+
+    def residuals(self, grads: GradBucket) -> list[Tensor]:
+        """The tensors of feedback, of both hops, that exchanging this bucket will change."""
+        if self.transport.world_size == 1:
+            return []
+        bucket, _ = self._bucket(grads)
+        return [tensor for group in bucket.groups if isinstance(group, Coded) for tensor in group.residuals()]
 
     def set_loss_scale(self, loss_scale: float) -> None:
         """Tell the residuals that the loss, and so the gradients, are multiplied by `loss_scale` from now on."""
@@ -187,7 +211,9 @@ class HookState:
         for p in parameters:
             name, first_unit = self._member(p)
             fmt, answer = self.recipe.formats_of(name, tuple(p.shape), p.numel(), self.progress.index)
-            members.append(Member(name, offset, p.numel(), fmt, answer, first_unit))
+            live = self._live.get(name) if fmt.kind != "raw" else None
+            numel = p.numel() if live is None else live.numel()
+            members.append(Member(name, offset, numel, fmt, answer, first_unit, live))
             offset += p.numel()
         if self._two_levels is None:
             wants = self.recipe.schedule in ("two_hop", "auto")
@@ -279,8 +305,8 @@ def register(
     return handle
 
 
-def _resolve(recipe: object, group: dist.ProcessGroup | None) -> Recipe:
-    """The recipe that all ranks of `group` agree on; the same error on every rank if they do not."""
+def _resolve(recipe: object, transport: Transport) -> Recipe:
+    """The recipe that all ranks agree on; the same error on every rank if they do not."""
     failure: Exception | None = None
     try:
         resolved = get_recipe(recipe) if isinstance(recipe, str | Path | Mapping) else recipe
@@ -288,7 +314,7 @@ def _resolve(recipe: object, group: dist.ProcessGroup | None) -> Recipe:
             raise TypeError(f"recipe is a {type(recipe).__name__}, expected a commq.Recipe, a name, a dict or a file")
     except (OSError, TypeError, ValueError) as error:
         failure = error
-    check_equal("the recipe", str(failure) if failure else repr(resolved), group)
+    check_equal("the recipe", str(failure) if failure else repr(resolved), transport)
     if failure:
         raise failure
     assert isinstance(resolved, Recipe)

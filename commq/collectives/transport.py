@@ -155,10 +155,9 @@ def _irecv(buffer: Tensor, *, group_src: int, group: dist.ProcessGroup, async_op
     return dist.irecv(buffer, group=group, group_src=group_src)
 
 
-def check_equal(what: str, value: str, group: dist.ProcessGroup | None) -> None:
-    """Raise the same ValueError on every rank unless all ranks of `group` hold the same `value`."""
-    values: list[str] = [""] * dist.get_world_size(group)
-    dist.all_gather_object(values, value, group=group)
+def check_equal(what: str, value: str, transport: Transport) -> None:
+    """Raise the same ValueError on every rank unless all ranks hold the same `value`."""
+    values = transport.share(value)
     if len(set(values)) > 1:
         other = next(rank for rank, v in enumerate(values) if v != values[0])
         raise ValueError(

@@ -1,0 +1,10 @@
+"""Optimizers that decide what is sent: a momentum in one bit, in place of the gradient.
+
+    opt = commq.optim.OneBitAdam(ddp, lr=1e-3, freeze_step=2000)
+
+makes the optimizer and registers DDP's communication hook; the training loop stays as it is.
+"""
+
+from commq.optim.adam import OneBitAdam
+
+__all__ = ["OneBitAdam"]
