@@ -6,5 +6,6 @@ makes the optimizer and registers DDP's communication hook; the training loop st
 """
 
 from commq.optim.adam import OneBitAdam
+from commq.optim.zero_one import ZeroOneAdam
 
-__all__ = ["OneBitAdam"]
+__all__ = ["OneBitAdam", "ZeroOneAdam"]

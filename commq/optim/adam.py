@@ -94,9 +94,10 @@ class OneBitAdam(CommOptimizer):
         self, exchange: MomentumExchange, group: dict[str, Any], parameters: list[Tensor], grads: list[Tensor]
     ) -> None:
         self.fill_momentum(exchange.loss_scale, group, parameters, grads)
+        self.silence(parameters, grads)
 
     def fill_momentum(self, scale: float, group: dict[str, Any], parameters: list[Tensor], grads: list[Tensor]) -> None:
-        """grads <- scale * (beta1 m + (1 - beta1) g), zero where nothing may travel."""
+        """grads <- scale * (beta1 m + (1 - beta1) g)."""
         beta1, decay = group["betas"][0], group["weight_decay"]
         if decay and not group["decoupled_weight_decay"]:
             torch._foreach_add_(grads, floats(parameters), alpha=decay * scale)
@@ -104,9 +105,12 @@ class OneBitAdam(CommOptimizer):
         if scale != 1.0:
             momenta = list(torch._foreach_mul(momenta, scale))
         torch._foreach_lerp_(grads, momenta, beta1)
-        for p, grad in zip(parameters, grads, strict=True) if self._dead else ():
+
+    def silence(self, parameters: list[Tensor], tensors: list[Tensor], value: float = 0.0) -> None:
+        """Write `value` where nothing travels."""
+        for p, tensor in zip(parameters, tensors, strict=True) if self._dead else ():
             if id(p) in self._dead:
-                in_memory(grad).index_fill_(0, self._dead[id(p)], 0.0)
+                in_memory(tensor).index_fill_(0, self._dead[id(p)], value)
 
     def update(self, mode: Mode, group: dict[str, Any], parameters: list[Tensor], grads: list[Tensor]) -> None:
         if mode == "plain":

@@ -131,6 +131,7 @@ class MomentumExchange:
         coded = self.coded.state_dict()
         return {
             "step": self.step,
+            "mode": self.mode,
             "local_raw_bytes": self._local_raw_bytes,
             "plain": self.plain.state_dict(),
             "residual": coded.pop("residual"),
@@ -142,7 +143,7 @@ class MomentumExchange:
         """Restore `state_dict()`, to the bit. All ranks call it together."""
         self.plain.load_state_dict(state["plain"])
         self.coded.load_state_dict(state["coded"] | {"residual": state["residual"]})
-        self.step, self._local_raw_bytes = state["step"], state["local_raw_bytes"]
+        self.step, self.mode, self._local_raw_bytes = state["step"], state["mode"], state["local_raw_bytes"]
         self._pending = self._discarded = False
         self._before.clear()
         for parameter, name in self.names.items():
