@@ -6,6 +6,7 @@ makes the optimizer and registers DDP's communication hook; the training loop st
 """
 
 from commq.optim.adam import OneBitAdam
+from commq.optim.lamb import OneBitLamb
 from commq.optim.zero_one import ZeroOneAdam
 
-__all__ = ["OneBitAdam", "ZeroOneAdam"]
+__all__ = ["OneBitAdam", "OneBitLamb", "ZeroOneAdam"]
