@@ -93,13 +93,14 @@ def test_rows_without_a_gradient_do_not_move(dtype):
 
 
 @thread_ranks(3)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("stop", [3, 5, 9], ids=["warm-up", "at the switch", "frozen"])
-def test_a_loaded_state_goes_on_to_the_bit(stop):
-    module, optimizer = make()
+def test_a_loaded_state_goes_on_to_the_bit(stop, dtype):
+    module, optimizer = make(dtype=dtype)
     run(module, optimizer, range(stop))
     weights, state = copy.deepcopy(module.state_dict()), copy.deepcopy(optimizer.state_dict())
     run(module, optimizer, range(stop, 14))
-    again, other = make()
+    again, other = make(dtype=dtype)
     again.load_state_dict(weights)
     other.load_state_dict(state)
     run(again, other, range(stop, 14))
@@ -107,6 +108,8 @@ def test_a_loaded_state_goes_on_to_the_bit(stop):
     for name, values in optimizer.exchange.state_dict()["residual"]["values"].items():
         assert torch.equal(values, other.exchange.state_dict()["residual"]["values"][name])
         assert values.any()
+    for state in other.state.values():
+        assert all(value.dtype == torch.float32 for value in state.values())
 
 
 @thread_ranks(2)

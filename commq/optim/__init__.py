@@ -6,7 +6,9 @@ makes the optimizer and registers DDP's communication hook; the training loop st
 """
 
 from commq.optim.adam import OneBitAdam
+from commq.optim.birder import Birder
 from commq.optim.lamb import OneBitLamb
+from commq.optim.sign_sgd import EFSignSGD, OneBitSGD, SignSGD
 from commq.optim.zero_one import ZeroOneAdam
 
-__all__ = ["OneBitAdam", "OneBitLamb", "ZeroOneAdam"]
+__all__ = ["Birder", "EFSignSGD", "OneBitAdam", "OneBitLamb", "OneBitSGD", "SignSGD", "ZeroOneAdam"]

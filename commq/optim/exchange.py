@@ -79,10 +79,10 @@ class MomentumExchange:
             self.plain.exchange(bucket)
         elif self.mode == "coded":
             parameters = bucket.parameters()
-            self.optimizer.fill(self, parameters, self._split(bucket.index(), buffer, parameters))
             if self.grad_scaler is not None:
-                residuals = self.coded.residuals(bucket)
-                self._before.append((residuals, [residual.clone() for residual in residuals]))
+                changes = self.coded.residuals(bucket) + [t for p in parameters for t in self.own[p].values()]
+                self._before.append((changes, [tensor.clone() for tensor in changes]))
+            self.optimizer.fill(self, parameters, self._split(bucket.index(), buffer, parameters))
             self.coded.exchange(bucket)
         else:
             self._local_raw_bytes += raw_bytes(buffer.numel(), self.transport.world_size)
@@ -158,9 +158,8 @@ class MomentumExchange:
                     "accumulate gradients under no_sync(), and call the optimizer's zero_grad() after a step that "
                     "was skipped"
                 )
-            for residuals, before in self._before:
-                for residual, value in zip(residuals, before, strict=True):
-                    residual.copy_(value)
+            for changed, before in self._before:
+                torch._foreach_copy_(changed, before)
         self._before.clear()
         self._pending = self._discarded = False
         self.mode = self.optimizer.mode(self.step)
