@@ -45,10 +45,24 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    """adamw (betas 0.9 and 0.95) or sgd (momentum 0.9)."""
+    optimizer: Literal[
+        "adamw",
+        "sgd",
+        "onebit-adam",
+        "onebit-lamb",
+        "zero-one-adam",
+        "birder",
+        "ef-signsgd",
+        "signsgd-mv",
+    ] = "adamw"
+    """adamw (betas 0.9 and 0.95) or sgd (momentum 0.9) on gradients that travel by the recipe; or one of those that
+    decide themselves what travels, see commq.optim: they need no recipe."""
     lr: float = 2e-3
     """Peak learning rate; sgd wants about 25 times more than adamw."""
+    momentum_format: str = "sign"
+    """How the momentum of optimizers that send it travels: sign, int4, ..., or fp32 for the same rule uncompressed."""
+    freeze_step: int = 0
+    """Steps until onebit-adam, onebit-lamb and zero-one-adam freeze the variance; 0: a fifth of all steps."""
     warmup: int = 30
     """Steps over which the learning rate rises linearly from zero to its peak."""
     final_lr: float = 0.05
@@ -60,7 +74,7 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         _require_positive(self, "lr")
-        for name in ("warmup", "final_lr", "weight_decay", "clip"):
+        for name in ("warmup", "final_lr", "weight_decay", "clip", "freeze_step"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} is negative; choose 0 or more")
 
@@ -99,7 +113,7 @@ class Config:
     """
 
     recipe: str = "int4"
-    """How gradients travel: fp32, bf16, fp8, int8, int4, int2 or onebit."""
+    """How gradients travel: fp32, bf16, fp8, int8, int4, int2 or onebit. Nothing to optimizers that send a momentum."""
     steps: int = 300
     """Optimizer steps in the whole run."""
     seed: int = 0

@@ -1,22 +1,62 @@
 """Optimizers and the learning rate of a step."""
 
 import math
+from typing import Any
 
 from torch import nn, optim
+from torch.nn.parallel import DistributedDataParallel
 
+from commq.optim import Birder, EFSignSGD, OneBitAdam, OneBitLamb, SignSGD, ZeroOneAdam
+from commq.optim.optimizer import CommOptimizer
 from commq.train.config import OptimizerConfig
+
+BETAS = (0.9, 0.95)
 
 
 def make_optimizer(model: nn.Module, config: OptimizerConfig) -> optim.Optimizer:
     """AdamW or SGD over all parameters; weight decay on those with two dimensions or more."""
+    groups = _group(model, config)
+    if config.optimizer == "adamw":
+        return optim.AdamW(groups, lr=config.lr, betas=BETAS, fused=True)
+    return optim.SGD(groups, lr=config.lr, momentum=0.9, fused=True)
+
+
+def make_comm_optimizer(ddp: DistributedDataParallel, config: OptimizerConfig, steps: int) -> CommOptimizer | None:
+    """The optimizer that decides what travels, paired with `ddp`, for a run of `steps`; None for one that does not."""
+    freeze_step = config.freeze_step or max(1, steps // 5)
+    common: dict[str, Any] = {"params": _group(ddp.module, config), "momentum_format": config.momentum_format}
+    adam = {"betas": BETAS} | common
+    match config.optimizer:
+        case "onebit-adam":
+            return OneBitAdam(ddp, config.lr, freeze_step=freeze_step, decoupled_weight_decay=True, **adam)
+        case "onebit-lamb":
+            return OneBitLamb(ddp, config.lr, freeze_step=freeze_step, **adam)
+        case "zero-one-adam":
+            # Two thirds of the steps after the freeze are at the longest interval, 16.
+            scaler = max(1, (steps - freeze_step) // 12)
+            return ZeroOneAdam(
+                ddp,
+                config.lr,
+                var_freeze_step=freeze_step,
+                local_step_scaler=scaler,
+                decoupled_weight_decay=True,
+                **adam,
+            )
+        case "birder":
+            return Birder(ddp, config.lr, **common)
+        case "ef-signsgd":
+            return EFSignSGD(ddp, config.lr, 0.9, **common)
+        case "signsgd-mv":
+            return SignSGD(ddp, config.lr, 0.9, **common)
+    return None
+
+
+def _group(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
     parameters = list(model.parameters())
-    groups = [
+    return [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
-    if config.optimizer == "adamw":
-        return optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
-    return optim.SGD(groups, lr=config.lr, momentum=0.9, fused=True)
 
 
 def learning_rate(step: int, steps: int, config: OptimizerConfig) -> float:
