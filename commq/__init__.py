@@ -8,8 +8,11 @@ The path of a tensor, folder by folder:
 One line turns it on for a DistributedDataParallel module:
 
     handle = commq.register(ddp, "int4")
+
+`commq.optim` has optimizers that send a momentum in one bit in place of the gradient.
 """
 
+from commq import optim
 from commq.attach.ddp import HookState, comm_hook, register
 from commq.build_info import build_info
 from commq.codecs.formats import Format, get_format
@@ -49,6 +52,7 @@ __all__ = [
     "encode",
     "fold",
     "get_format",
+    "optim",
     "recipe",
     "recipes",
     "recv",

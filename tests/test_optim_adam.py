@@ -82,11 +82,11 @@ def test_every_phase_follows_the_equations_to_the_bit(fmt):
 
 
 @thread_ranks(3)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rows_without_a_gradient_do_not_move(dtype):
+@pytest.mark.parametrize(("dtype", "steps"), [(torch.float32, 500), (torch.bfloat16, 50)])
+def test_rows_without_a_gradient_do_not_move(dtype, steps):
     module, optimizer = make(dtype=dtype)
     before = module.table.detach().clone()
-    run(module, optimizer, range(60))
+    run(module, optimizer, range(5 + steps))
     assert torch.equal(module.table[DEAD_ROWS], before[DEAD_ROWS])
     assert not (module.table[: DEAD_ROWS.start] == before[: DEAD_ROWS.start]).any(dim=1).all()
     assert same_on_all_ranks(parameters_of(module))
@@ -177,7 +177,8 @@ def test_frozen_steps_send_a_25th_of_fp32():
 def test_a_nan_of_one_rank_arrives_on_all_and_a_skipped_step_changes_nothing():
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     module = Weights()
-    optimizer = OneBitAdam(module, LR, BETAS, EPS, freeze_step=5, transport=C10d(), grad_scaler=scaler)
+    optimizer = OneBitAdam(module, LR, BETAS, EPS, freeze_step=5, grad_scaler=scaler)
+    optimizer.make_exchange(C10d())
     bucket = FlatBucket(list(module.parameters()))
 
     def step(number, poison=False):
@@ -212,8 +213,8 @@ def test_a_nan_of_one_rank_arrives_on_all_and_a_skipped_step_changes_nothing():
 
 def test_arguments_are_refused_with_a_reason():
     module = Weights()
-    with pytest.raises(TypeError, match="expected a DistributedDataParallel module alone"):
-        OneBitAdam(module)
+    with pytest.raises(RuntimeError, match="nothing to exchange with"):
+        OneBitAdam(module).step()
     with pytest.raises(ValueError, match="without warm-up there is no variance"):
         OneBitAdam(module, freeze_step=0)
     with pytest.raises(ValueError, match="betas in"):

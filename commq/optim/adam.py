@@ -32,7 +32,7 @@ from commq.recipe import Recipe
 class OneBitAdam(CommOptimizer):
     """Adam that sends its momentum in one bit an element once its variance is frozen.
 
-    module, params, group, transport, grad_scaler: see `CommOptimizer`.
+    module, params, group, grad_scaler: see `CommOptimizer`.
     lr, betas, eps, weight_decay, decoupled_weight_decay: those of torch.optim.Adam (eps is added outside of the square
     root; decoupled weight decay is AdamW's), whose fused version warm-up is to the bit for float32 parameters.
     freeze_step: steps of warm-up. None: until the 1-norm of v has changed by less than freeze_ratio over

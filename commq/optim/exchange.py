@@ -95,8 +95,8 @@ class MomentumExchange:
         """The stream that exchanges run on, so that they overlap with backward."""
         return self.coded.side_stream(device)
 
-    def take(self) -> Mode:
-        """What the step that is to be finished now has exchanged. RuntimeError if nothing was exchanged for it."""
+    def take(self) -> None:
+        """The step is made with what was exchanged. RuntimeError if nothing was exchanged for it."""
         if not self._pending:
             raise RuntimeError(
                 f"rank {self.transport.rank}: step() without an exchange since the last one, expected one backward "
@@ -104,7 +104,6 @@ class MomentumExchange:
             )
         self._pending = False
         self._before.clear()
-        return self.mode
 
     def discard(self) -> None:
         """The gradients are given up: what was exchanged for a step that was not made does not count."""

@@ -32,7 +32,7 @@ from commq.recipe import Recipe
 class OneBitLamb(OneBitAdam):
     """LAMB that sends its momentum in one bit an element once its variance is frozen.
 
-    module, params, group, transport, grad_scaler: see `CommOptimizer`. freeze_step, freeze_ratio, momentum_format,
+    module, params, group, grad_scaler: see `CommOptimizer`. freeze_step, freeze_ratio, momentum_format,
     answer_format, feedback, warmup_format, and what `.grad` holds: see `OneBitAdam`.
     weight_decay: added to the direction, before its trust ratio. max_coeff, min_coeff, coeff_beta, factor_max,
     factor_min, factor_threshold: as above, with DeepSpeed's defaults. c_mean is corrected for its start at zero.

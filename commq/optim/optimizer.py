@@ -62,7 +62,7 @@ class CommOptimizer(Optimizer):
 
     module: a DistributedDataParallel module, which gets the communication hook; or any module with `group`, a process
     group or a DeviceMesh of one dimension, over which step() exchanges (parameters that are DTensors, their own
-    shard); or any module with `transport`, for a caller who hands buckets to `exchange.exchange` himself.
+    shard). With neither, `make_exchange` makes what the caller hands buckets of gradients to.
     params: parameters or groups of them, as for every optimizer; all of the module's that need a gradient by default.
     grad_scaler: the scaler in use. Momenta are kept unscaled, and a step that it skips changes nothing.
     Raises TypeError or ValueError, the same on every rank, for what cannot be; RuntimeError in backward or step for a
@@ -78,7 +78,6 @@ class CommOptimizer(Optimizer):
         recipe: Recipe,
         plain_format: Format | str,
         group: Group | None = None,
-        transport: Transport | None = None,
         grad_scaler: torch.amp.GradScaler | None = None,
         backend: str = "auto",
     ) -> None:
@@ -88,10 +87,10 @@ class CommOptimizer(Optimizer):
             raise ValueError(f"warmup_format={plain}: expected fp32, bf16 or fp16; warm-up sends plain gradients")
         self.plain_recipe = Recipe(name=f"plain-{plain.name}", format=plain)
         ddp = module if isinstance(module, DistributedDataParallel) else None
-        if sum(way is not None for way in (ddp, group, transport)) != 1:
+        if ddp is not None and group is not None:
             raise TypeError(
-                f"{type(self).__name__}: got {type(module).__name__} with group={group}, transport={transport}; "
-                "expected a DistributedDataParallel module alone, or another module with group= or transport="
+                f"{type(self).__name__}: got a DistributedDataParallel module and group={group}; DDP has a group "
+                "of its own: drop one of them"
             )
         if group is not None and grad_scaler is not None:
             raise ValueError(
@@ -109,19 +108,31 @@ class CommOptimizer(Optimizer):
                 f"{f'missing are {missing[:3]}' if missing else 'some are of another module'}; "
                 "set requires_grad=False on those that stay as they are"
             )
-        if transport is None:
-            transport = transport_of(group) if ddp is None else C10d(ddp.process_group)
         self._named = [(name, local(p)) for name, p in trained]
         self._grad_scaler, self._backend = grad_scaler, backend
         self._exchanges: list[MomentumExchange] = []
-        self.exchange = self.make_exchange(transport)
-        """This rank's exchange: `stats()`, and the state that other ranks do not have."""
         self._flat = FlatBucket([p for _, p in self._named]) if group is not None else None
-        if ddp is not None:
-            ddp.register_comm_hook(self.exchange, comm_hook)
+        if group is not None:
+            self.make_exchange(transport_of(group))
+        elif ddp is not None:
+            ddp.register_comm_hook(self.make_exchange(C10d(ddp.process_group)), comm_hook)
+
+    @property
+    def exchange(self) -> MomentumExchange:
+        """This rank's exchange: `stats()`, and the state that other ranks do not have."""
+        if not self._exchanges:
+            raise RuntimeError(
+                f"{type(self).__name__} has nothing to exchange with; give it a DistributedDataParallel module or "
+                "group=, or call make_exchange"
+            )
+        return self._exchanges[0]
 
     def make_exchange(self, transport: Transport) -> MomentumExchange:
-        """One more rank of this process that shares the optimizer's parameters and state."""
+        """The exchange of a rank whose buckets the caller hands to it. All ranks make theirs together.
+
+        Ranks of one process may share an optimizer, and so its parameters and state: each has an exchange. When all
+        have exchanged, `.grad` is set to the average that any of them got, and one step() follows for all.
+        """
         exchange = MomentumExchange(self, self._named, transport, grad_scaler=self._grad_scaler, backend=self._backend)
         self._exchanges.append(exchange)
         return exchange
@@ -192,13 +203,15 @@ class CommOptimizer(Optimizer):
                 loss = closure()
         if self._flat is not None:
             self._exchange_now(self._flat)
-        modes = [exchange.take() for exchange in self._exchanges]
+        mode = self.exchange.mode
+        for exchange in self._exchanges:
+            exchange.take()
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
             if parameters:
                 grads = [local(p.grad) for p in parameters]
-                self.update(modes[0], group, [local(p) for p in parameters], floats(grads))
-        self.finish(modes[0])
+                self.update(mode, group, [local(p) for p in parameters], floats(grads))
+        self.finish(mode)
         return loss
 
     def state_of(self, parameters: Iterable[Tensor], key: str) -> list[Tensor]:

@@ -28,7 +28,7 @@ class EFSignSGD(CommOptimizer):
 
     The learning rate is inside of what is fed back, so changing it is harmless. The mean travels by signs, too, with
     feedback of its own (Zheng et al. 2019). `.grad` holds the averaged step. See `CommOptimizer` for module, params,
-    group, transport and grad_scaler, and `momentum_recipe` for momentum_format, answer_format and feedback.
+    group and grad_scaler, and `momentum_recipe` for momentum_format, answer_format and feedback.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class SignSGD(CommOptimizer):
 
     The momenta are each rank's own. With an even number of ranks a tie counts as +1. `.grad` holds the vote's outcome,
     +1, -1 or their mean; in a block in which a rank has exact zeros, its votes weigh as much as its share of others.
-    See `CommOptimizer` for module, params, group, transport and grad_scaler.
+    See `CommOptimizer` for module, params, group and grad_scaler.
     """
 
     def __init__(
@@ -121,7 +121,7 @@ class OneBitSGD(CommOptimizer):
 
     The first warmup_steps steps are uncompressed (the paper's cold start). Where the paper has two values for each
     column, one for each sign, a block has one, mean |g|. `.grad` holds the averaged gradient, so clipping is as
-    ever. See `CommOptimizer` for module, params, group, transport and grad_scaler, and `momentum_recipe` for
+    ever. See `CommOptimizer` for module, params, group and grad_scaler, and `momentum_recipe` for
     momentum_format, answer_format and feedback.
     """
 

@@ -31,7 +31,7 @@ from commq.recipe import Recipe
 class ZeroOneAdam(OneBitAdam):
     """Adam that sends one bit an element, and after `var_freeze_step` steps in most steps nothing.
 
-    module, params, group, transport: see `CommOptimizer`. lr, betas, eps, weight_decay, decoupled_weight_decay,
+    module, params, group: see `CommOptimizer`. lr, betas, eps, weight_decay, decoupled_weight_decay,
     momentum_format, answer_format, feedback, warmup_format (of gradients at refreshes): see `OneBitAdam`.
     var_freeze_step: steps until the variance is frozen for good; at least as many as the learning rate rises.
     var_update_scaler: refreshes until their interval doubles. local_step_scaler: steps until the interval between
