@@ -40,12 +40,15 @@ from commq.collectives.plan import Source, make_plans  # noqa: E402
 from commq.collectives.rehearsal import Rehearsal  # noqa: E402
 from commq.collectives.schedule import Exchange  # noqa: E402
 from commq.collectives.two_shot import two_shot  # noqa: E402
+from lab import gbit, link_bytes  # noqa: E402
 from model import all_reduce_bytes, gather_bytes, milliseconds  # noqa: E402
 from timing import environment  # noqa: E402
 
-AVG = dist.ReduceOp.AVG
+SUM = dist.ReduceOp.SUM
 SCHEDULES = ("two_shot", "one_shot", "two_hop", "ring", "integer_sum", "one_bit")
 Call = Callable[[], object]
+SHORT = 4 << 20
+"""Bytes up to which five times as many runs are made: they cost little and vary most."""
 
 
 class Worker:
@@ -56,7 +59,7 @@ class Worker:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.device = torch.device(args.device)
         self.dtype = getattr(torch, args.dtype)
-        self.gbit = _gbit(args.rate)
+        self.gbit = gbit(args.rate)
         self.clock = dist.new_group(backend="gloo")
 
     def rows(self) -> Iterator[dict[str, Any]]:
@@ -65,7 +68,7 @@ class Worker:
             for method, format, bound, call in self._calls(numel):
                 if self.args.methods and not any(method.startswith(m) for m in self.args.methods.split(",")):
                     continue
-                row = self._measure(call)
+                row = self._measure(call, runs=self.args.runs * (5 if nbytes <= SHORT else 1))
                 picked = self._picked(numel) if method == "auto" else ""
                 expected = self._expected(numel, format, picked or method)
                 yield {
@@ -108,7 +111,7 @@ class Worker:
                     schedule,
                     name,
                     bound if schedule == "two_shot" else 0,
-                    lambda schedule=schedule, name=name: commq.all_reduce(x, AVG, format=name, schedule=schedule),
+                    lambda schedule=schedule, name=name: commq.all_reduce(x, SUM, format=name, schedule=schedule),
                 )
         chunk = numel // world_size
         parts, own = x[: chunk * world_size], torch.empty(chunk, dtype=self.dtype, device=self.device)
@@ -123,18 +126,18 @@ class Worker:
             yield "reduce_scatter", name, bound, lambda name=name: commq.reduce_scatter(own, parts, format=name)
             yield "all_gather", name, bound, lambda name=name: commq.all_gather(parts, own, format=name)
 
-    def _measure(self, call: Call) -> dict[str, Any]:
+    def _measure(self, call: Call, runs: int) -> dict[str, Any]:
         call()
         times, sent = [], []
-        for _ in range(self.args.runs):
+        for _ in range(runs):
             dist.barrier(self.clock)
-            before = _sent_bytes()
+            before = link_bytes()
             start = time.perf_counter()
             call()
             if self.device.type == "cuda":
                 torch.cuda.synchronize()
             seconds = torch.tensor([time.perf_counter() - start], dtype=torch.float64)
-            sent.append(_sent_bytes() - before)
+            sent.append(link_bytes() - before)
             dist.all_reduce(seconds, dist.ReduceOp.MAX, group=self.clock)
             times.append(float(seconds) * 1e3)
         return {
@@ -175,18 +178,6 @@ class Worker:
     def _picked(self, numel: int) -> str:
         facts = transport_of(None).memory.facts
         return next(v for k, v in reversed(facts.items()) if k[0] == "picked" and k[1][0].numel == numel)
-
-
-def _sent_bytes() -> int:
-    """Bytes that this host's link has carried away so far; 0 outside a lab."""
-    for line in Path("/proc/net/dev").read_text().splitlines():
-        if line.strip().startswith("eth0:"):
-            return int(line.split(":")[1].split()[8])
-    return 0
-
-
-def _gbit(rate: str) -> float:
-    return 0.0 if rate == "unshaped" else float(rate.removesuffix("gbit"))
 
 
 def _bytes(size: str) -> int:

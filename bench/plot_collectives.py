@@ -1,6 +1,6 @@
 """The picture of bench/collectives.py: time by size for each rate, and against the library's bf16.
 
-python bench/plot_collectives.py results.json picture.png
+python bench/plot_collectives.py results.json [more.json ...] picture.png
 """
 
 from __future__ import annotations
@@ -84,5 +84,6 @@ def _short(nbytes: int) -> str:
 
 
 if __name__ == "__main__":
-    source, target = map(Path, sys.argv[1:3])
-    draw(json.loads(source.read_text()), target)
+    *sources, target = map(Path, sys.argv[1:])
+    found = [json.loads(source.read_text()) for source in sources]
+    draw(found[0] | {"rows": [row for each in found for row in each["rows"]]}, target)

@@ -76,6 +76,26 @@ _RECIPES = {
             rotation=Rotation(size=1024, signs=True),
             feedback=Feedback(rule="classic"),
         ),
+        # EDEN (Vargaftik et al. 2022; at 1 bit DRIVE, 2021): rotated, the nearest of levels that suit a normal variable
+        # and a scale that makes the whole unbiased over the signs, which are new each step. Needs no memory; both hops.
+        # Signs cost most on the second hop, so 1 bit is answered in 2. Differs: runs of 1024, one scale each.
+        *(
+            Recipe(
+                name=f"eden{bits}",
+                format=get_format(f"eden{bits}"),
+                answer=get_format(f"eden{max(bits, 2)}"),
+                rotation=Rotation(size=1024, signs=True),
+            )
+            for bits in (1, 2, 3, 4)
+        ),
+        # The same levels with the scale of least error, and averaged feedback for what that shrinks.
+        Recipe(
+            name="eden2-feedback",
+            format=get_format("lloyd2"),
+            answer=get_format("eden2"),
+            rotation=Rotation(size=1024, signs=True),
+            feedback=Feedback(rule="averaged"),
+        ),
         # Marsit (Wu et al. 2022): a ring of single bits, unbiased.
         Recipe(name="marsit", format=get_format("sign"), schedule="one_bit"),
     )

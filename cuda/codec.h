@@ -10,10 +10,24 @@ namespace commq {
 
 enum class Dtype : int32_t { f32, bf16, f16 };
 
-// Order is that of commq/codecs/formats.py FORMATS.
-enum class FormatId : int32_t { fp32, bf16, fp16, int8, int4, int2, sign, e4m3, e5m2, mxfp8, mxfp4, nvfp4 };
+// Order is that of commq/codecs/formats.py FORMATS; then tables of levels with codes of 1 to 4 bits.
+enum class FormatId : int32_t {
+  fp32, bf16, fp16, int8, int4, int2, sign, e4m3, e5m2, mxfp8, mxfp4, nvfp4, levels1, levels2, levels3, levels4
+};
 
 enum class ScaleId : int32_t { none, fp32, bf16, e8m0, e4m3 };
+
+// Order is that of `Fit` in formats.py.
+enum class FitId : int32_t { largest, unbiased, least_squares };
+
+// What codes stand for, if they index a table (formats levels1 to levels4).
+struct Levels {
+  int32_t count;
+  FitId fit;
+  float spread;      // block / spread**2 of the format, if the scale follows the codes
+  float levels[16];  // ascending; from `count` on the last one again
+  float edges[15];   // edges[k]: halfway between levels k and k + 1; infinite from there on
+};
 
 // One row of the wire is one chunk: codes | scales | group scales, at the byte offsets that wire.py computes.
 struct Layout {
@@ -28,6 +42,7 @@ struct Layout {
   int64_t scales_offset;
   int64_t groups_offset;
   int64_t chunk_bytes;  // the bytes between two sections are written as zero
+  Levels levels;
 };
 
 // Random bits: Philox 4x32-10, key (seed, stream), counter (e / 8, e / 8 >> 32, step, step >> 32) with

@@ -1,9 +1,9 @@
 // One struct for each kind of code: 8 scaled numbers t to packed codes, and packed codes to 8 values.
 //
-// Packed holds the codes of 8 consecutive elements, the first in the lowest bits. `values` gives the codes divided by
-// VALUE_SCALE, an exact power of two that the caller multiplies back together with 1 / max_code. |t| is at most
-// MAX_CODE and a few rounding errors of it (more for power-of-two scales); codes are clamped where that could reach
-// the next one.
+// Packed holds the codes of 8 consecutive elements, the first in the lowest bits. `values` gives code * (1 / max_code),
+// rounded once, for integers and signs; for floats the codes divided by VALUE_SCALE, an exact power of two that the
+// caller multiplies back together with 1 / max_code. |t| is at most MAX_CODE and a few rounding errors of it (more for
+// power-of-two scales); codes are clamped where that could reach the next one.
 #pragma once
 
 #include <cuda_fp16.h>
@@ -17,10 +17,19 @@ struct Packed {
   uint32_t high;  // the last 4 codes of 8 bits
 };
 
+// The values of two unsigned fields u, `shift` bits up in the halves of `pair` and below 1024 there: u * unit - offset.
+// Such bits are subnormal float16 numbers, u * 2**(shift - 24). The product is exact, and so is `offset`, a power of two
+// times `unit`: the one rounding is that of code * unit.
+__device__ __forceinline__ void pair_values(uint32_t pair, int shift, float unit, float offset, float& a, float& b) {
+  const float factor = unit * static_cast<float>(1 << (24 - shift));
+  a = __fmaf_rn(__half2float(__ushort_as_half(pair & 0xFFFF)), factor, -offset);
+  b = __fmaf_rn(__half2float(__ushort_as_half(pair >> 16)), factor, -offset);
+}
+
 struct Int8 {
   static constexpr int BITS = 8;
   static constexpr bool FLOAT = false;
-  static constexpr float MAX_CODE = 127.0f, VALUE_SCALE = 1.0f;
+  static constexpr float MAX_CODE = 127.0f;
 
   __device__ static __forceinline__ Packed pack(const uint32_t (&q)[8]) {
     return {low_bytes(q[0], q[1], q[2], q[3]), low_bytes(q[4], q[5], q[6], q[7])};
@@ -44,11 +53,12 @@ struct Int8 {
   }
 
   __device__ static __forceinline__ void values(Packed codes, float (&v)[8]) {
+    constexpr float UNIT = 1.0f / MAX_CODE;
     const uint32_t word[2] = {codes.low ^ 0x80808080u, codes.high ^ 0x80808080u};
 #pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      const uint32_t biased = __byte_perm(word[j / 4], 0x4B000000u, 0x7440 + j % 4);
-      v[j] = __fadd_rn(as_float(biased), -8388736.0f);
+    for (int j = 0; j < 8; j += 4) {
+      pair_values(word[j / 4] & 0x00FF00FFu, 0, UNIT, 128.0f * UNIT, v[j], v[j + 2]);
+      pair_values(__byte_perm(word[j / 4], 0, 0x4341), 0, UNIT, 128.0f * UNIT, v[j + 1], v[j + 3]);
     }
   }
 };
@@ -58,7 +68,7 @@ template <int Bits>
 struct SmallInt {
   static constexpr int BITS = Bits;
   static constexpr bool FLOAT = false;
-  static constexpr float MAX_CODE = Bits == 4 ? 7.0f : 1.0f, VALUE_SCALE = 1.0f;
+  static constexpr float MAX_CODE = Bits == 4 ? 7.0f : 1.0f;
   static constexpr uint32_t ONES = Bits == 4 ? 0x11111111u : 0x5555u;
   static constexpr uint32_t BIAS = 1u << (Bits - 1);
 
@@ -84,16 +94,16 @@ struct SmallInt {
     return pack(q);
   }
 
-  // Codes become the low bits of a number in [2**23, 2**24); one exact multiply-add brings them back.
   __device__ static __forceinline__ void values(Packed codes, float (&v)[8]) {
+    constexpr float UNIT = 1.0f / MAX_CODE;
     const uint32_t word = codes.low ^ (BIAS * ONES);
+    // Elements j and j + 4 stand at the same bits of the two halves.
+    const uint32_t pairs[2] = {Bits == 4 ? word : __byte_perm(word, 0, 0x4140), word >> 8};
 #pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      const int shift = Bits * j % 16;
-      const uint32_t half = Bits * j < 16 ? word : word >> 16;
-      const float scale = 1.0f / (1 << shift);
-      const float biased = as_float((half & (((1u << Bits) - 1) << shift)) | 0x4B000000u);
-      v[j] = __fmaf_rn(biased, scale, -(8388608.0f * scale + BIAS));
+    for (int j = 0; j < 4; ++j) {
+      const int shift = Bits == 4 ? 4 * (j % 2) : 2 * j;
+      const uint32_t mask = ((1u << Bits) - 1) * 0x00010001u << shift;
+      pair_values(pairs[Bits == 4 ? j / 2 : 0] & mask, shift, UNIT, BIAS * UNIT, v[j], v[j + 4]);
     }
   }
 };
@@ -104,7 +114,7 @@ using Int2 = SmallInt<2>;
 struct Sign {
   static constexpr int BITS = 1;
   static constexpr bool FLOAT = false;
-  static constexpr float MAX_CODE = 1.0f, VALUE_SCALE = 1.0f;
+  static constexpr float MAX_CODE = 1.0f;
 
   // t is the number itself here, not yet scaled. Adding 0 turns -0, whose code is that of 0, into +0.
   __device__ static __forceinline__ Packed nearest(const float (&t)[8]) {
@@ -125,8 +135,9 @@ struct Sign {
   }
 
   __device__ static __forceinline__ void values(Packed codes, float (&v)[8]) {
+    const uint32_t byte = codes.low & 0xFF, pairs = byte | byte << 12;  // elements j and j + 4 at bits j and j + 16
 #pragma unroll
-    for (int j = 0; j < 8; ++j) v[j] = as_float((~codes.low << (31 - j) & 0x80000000u) | 0x3F800000u);
+    for (int j = 0; j < 4; ++j) pair_values(pairs & 0x00010001u << j, j, 2.0f, 1.0f, v[j], v[j + 4]);
   }
 };
 

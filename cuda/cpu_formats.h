@@ -11,7 +11,11 @@ constexpr float max_code(FormatId format) {
     case FormatId::int8: return 127.0f;
     case FormatId::int4: return 7.0f;
     case FormatId::int2:
-    case FormatId::sign: return 1.0f;
+    case FormatId::sign:
+    case FormatId::levels1:
+    case FormatId::levels2:
+    case FormatId::levels3:
+    case FormatId::levels4: return 1.0f;
     case FormatId::e4m3:
     case FormatId::mxfp8: return 448.0f;
     case FormatId::e5m2: return 57344.0f;

@@ -1,4 +1,4 @@
-// Between memory and vectors: dtypes of tensors, and codes of 1, 2 or 4 bits on the wire. Tensors and rows of the
+// Between memory and vectors: dtypes of tensors, and codes of 1 to 4 bits on the wire. Tensors and rows of the
 // wire may start at any byte.
 #pragma once
 
@@ -65,7 +65,7 @@ void load_scaled(const uint8_t* from, Dtype dtype, float scale, int n, float* x)
   });
 }
 
-// Codes stand in bytes of which the low `bits` (1, 2 or 4) count; n is a multiple of 16. As many codes as share a byte
+// Codes stand in bytes of which the low `bits` (1 to 4) count; n is a multiple of 16. As many codes as share a byte
 // on the wire are read as one integer, in which neighbours, then pairs of neighbours, move together.
 void pack(const uint8_t* __restrict codes, int bits, int n, uint8_t* __restrict wire) {
   if (bits == 4) {
@@ -73,6 +73,17 @@ void pack(const uint8_t* __restrict codes, int bits, int n, uint8_t* __restrict 
     for (int i = 0; i < n / 2; ++i) {
       const uint32_t word = pairs[i] & 0x0F0Fu;
       wire[i] = static_cast<uint8_t>(word | word >> 4);
+    }
+  } else if (bits == 3) {
+    const auto* eights = reinterpret_cast<const UnalignedU64*>(codes);
+    for (int i = 0; i < n / 8; ++i) {
+      uint64_t word = eights[i] & 0x0707070707070707u;
+      word = (word | word >> 5) & 0x003F003F003F003Fu;
+      word = (word | word >> 10) & 0x00000FFF00000FFFu;
+      word |= word >> 20;
+      wire[3 * i] = static_cast<uint8_t>(word);
+      wire[3 * i + 1] = static_cast<uint8_t>(word >> 8);
+      wire[3 * i + 2] = static_cast<uint8_t>(word >> 16);
     }
   } else if (bits == 2) {
     const auto* fours = reinterpret_cast<const UnalignedU32*>(codes);
@@ -98,6 +109,14 @@ void unpack(const uint8_t* __restrict wire, int bits, int n, uint8_t* __restrict
     for (int i = 0; i < n / 2; ++i) {
       const uint32_t word = wire[i];
       pairs[i] = static_cast<uint16_t>((word | word << 4) & 0x0F0Fu);
+    }
+  } else if (bits == 3) {
+    auto* eights = reinterpret_cast<UnalignedU64*>(codes);
+    for (int i = 0; i < n / 8; ++i) {
+      uint64_t word = wire[3 * i] | wire[3 * i + 1] << 8 | wire[3 * i + 2] << 16;
+      word = (word | word << 20) & 0x00000FFF00000FFFu;
+      word = (word | word << 10) & 0x003F003F003F003Fu;
+      eights[i] = (word | word << 5) & 0x0707070707070707u;
     }
   } else if (bits == 2) {
     auto* fours = reinterpret_cast<UnalignedU32*>(codes);

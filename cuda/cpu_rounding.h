@@ -3,6 +3,7 @@
 
 #include "codec.h"
 #include "cpu_formats.h"
+#include "cpu_levels.h"
 #include "cpu_scales.h"
 
 namespace commq::cpu {
@@ -72,6 +73,23 @@ struct NearestSign {
   }
 };
 
+struct LevelCode {
+  static constexpr bool scaled = true;
+  const Levels& table;
+  COMMQ_INLINE Rounded operator()(Floats t, int, Nearest) const {
+    const auto [code, value] = find_level(t, table.edges, table);
+    return {code, value};
+  }
+  // From the level at or below t, up with the probability of the distance to it.
+  COMMQ_INLINE Rounded operator()(Floats t, int i, Stochastic round) const {
+    const auto [below, value] = find_level(t, table.levels + 1, table);
+    const Floats step = step_above(below, table);
+    const Floats up = step > 0.0f ? (t - value) / (step > 0.0f ? step : all(1.0f)) : all(0.0f);
+    const Ints code = larger(all(0), smaller(below + round(up, i), all(table.count - 1)));
+    return {code, level_of(code, table)};
+  }
+};
+
 COMMQ_INLINE float code_unit(const Layout& layout) {
   return layout.scale == ScaleId::e8m0 ? 1.0f : 1.0f / max_code(layout.format);
 }
@@ -123,6 +141,11 @@ void quantize(const float* y, const Layout& layout, int count, const Scales& sca
     case FormatId::mxfp4:
     case FormatId::nvfp4:
       return either(FloatCode<E2M1>{7, 6.0f});
+    case FormatId::levels1:
+    case FormatId::levels2:
+    case FormatId::levels3:
+    case FormatId::levels4:
+      return either(LevelCode{layout.levels});
     default:
       return;
   }
@@ -135,6 +158,11 @@ struct IntegerValue {
 
 struct SignValue {
   COMMQ_INLINE Floats operator()(Ints code) const { return to_floats(2 * code - 1); }
+};
+
+struct LevelValue {
+  const Levels& table;
+  COMMQ_INLINE Floats operator()(Ints code) const { return level_of(code, table); }
 };
 
 template <class Float>
@@ -174,6 +202,11 @@ void dequantize(const uint8_t* codes, const Layout& layout, int count, const flo
     case FormatId::mxfp4:
     case FormatId::nvfp4:
       return with(FloatValue<E2M1>{});
+    case FormatId::levels1:
+    case FormatId::levels2:
+    case FormatId::levels3:
+    case FormatId::levels4:
+      return with(LevelValue{layout.levels});
     default:
       return;
   }

@@ -185,6 +185,11 @@ void encode_tile(const float* y, uint8_t* row, const Layout& layout, int64_t at,
   }
   if (at == 0) clear_gaps(row, layout);
   const int count = n / layout.block;
+  if (is_levels(layout.format) && layout.levels.fit != FitId::largest) {
+    encode_fitted(y, layout, count, row + scales_at(layout, at), lost, buffers.codes, buffers.after, buffers.scales);
+    pack(buffers.codes, code_bits(layout.format), n, wire);
+    return;
+  }
   const bool mean = layout.format == FormatId::sign && !random.stochastic;
   const int32_t* valid = mean ? count_valid(layout, place, count, buffers) : nullptr;
   encode_scales(y, valid, layout, count, row + scales_at(layout, at), row + groups_at(layout, at), buffers.scales);

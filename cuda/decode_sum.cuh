@@ -10,13 +10,19 @@ namespace commq::cuda {
 template <class Codec>
 constexpr int MESSAGES = std::is_same_v<Codec, Raw> ? 1 : 4;
 
+// A sum starts at -0, to which adding changes no number, not even -0.
+__device__ __forceinline__ void start_sum(float (&x)[V]) {
+#pragma unroll
+  for (int j = 0; j < V; ++j) x[j] = -0.0f;
+}
+
 // IEEE division; by a power of two it is an exact multiplication.
 __device__ __forceinline__ void divide(float (&x)[V], float divisor) {
   if (divisor == 1.0f) return;
   const uint32_t bits = bits_of(divisor);
   const uint32_t exponent = bits >> 23 & 0xFF;
   if ((bits & 0x7FFFFFu) == 0 && exponent >= 1 && exponent <= 253) {
-    const float factor = __fdiv_rn(1.0f, divisor);
+    const float factor = as_float((254 - exponent) << 23 | (bits & 0x80000000u));
 #pragma unroll
     for (int j = 0; j < V; ++j) x[j] = __fmul_rn(x[j], factor);
   } else {
@@ -27,11 +33,11 @@ __device__ __forceinline__ void divide(float (&x)[V], float divisor) {
 
 // x += `Count` messages, from `row` on, all of whose loads come first.
 template <class Codec, int Count>
-__device__ __forceinline__ void add_messages(const Layout& layout, const uint8_t* row, int64_t i, bool aligned,
+__device__ __forceinline__ void add_messages(const Layout& layout, const uint8_t* row, const Offsets& at, bool aligned,
                                              float (&x)[V]) {
   Source<Codec> sources[Count];
 #pragma unroll
-  for (int k = 0; k < Count; ++k) sources[k].load(row + k * layout.row_stride, layout, i, aligned);
+  for (int k = 0; k < Count; ++k) sources[k].load(row + k * layout.row_stride, layout, at, aligned);
 #pragma unroll
   for (int k = 0; k < Count; ++k) {
     float message[V];
@@ -41,17 +47,18 @@ __device__ __forceinline__ void add_messages(const Layout& layout, const uint8_t
   }
 }
 
-// x = the sum over messages, in order. It starts at -0, to which adding changes no number, not even -0.
+// x += the messages, in order.
 template <class Codec>
 __device__ __forceinline__ void sum_messages(const DecodeSumEncodeArgs& args, int64_t i, bool aligned, float (&x)[V]) {
+  constexpr int COUNT = MESSAGES<Codec>;
   const Layout& layout = args.layout;
-#pragma unroll
-  for (int j = 0; j < V; ++j) x[j] = -0.0f;
-  int64_t k = 0;
+  const Offsets at = Source<Codec>::offsets(layout, i);
+  const uint8_t* row = args.wire;
+  int64_t left = layout.rows;
   if (aligned)  // a branch of its own, so that no load waits for the other way of loading
-    for (; k + MESSAGES<Codec> <= layout.rows; k += MESSAGES<Codec>)
-      add_messages<Codec, MESSAGES<Codec>>(layout, args.wire + k * layout.row_stride, i, true, x);
-  for (; k < layout.rows; ++k) add_messages<Codec, 1>(layout, args.wire + k * layout.row_stride, i, aligned, x);
+    for (; left >= COUNT; left -= COUNT, row += COUNT * layout.row_stride)
+      add_messages<Codec, COUNT>(layout, row, at, true, x);
+  for (; left > 0; --left, row += layout.row_stride) add_messages<Codec, 1>(layout, row, at, aligned, x);
 }
 
 // Encode x as the answer; `sent` is what it decodes to, if there is a residual to keep.
@@ -59,7 +66,7 @@ template <class Codec>
 __device__ __forceinline__ void encode_answer(const DecodeSumEncodeArgs& args, const Target& to, const float (&x)[V],
                                               BlockMeetings& meetings, float (&sent)[V]) {
   const Layout& layout = args.answer_layout;
-  const Sent answer = encode_block<Codec>(x, layout, args.random, args.blocks, to, meetings);
+  const Sent answer = encode_any<Codec>(x, layout, args.random, args.blocks, to, meetings);
   if (args.residual != nullptr) decode_block<Codec>(answer.codes, answer.scale, layout.scale, sent);
 }
 
@@ -71,7 +78,9 @@ __global__ void __launch_bounds__(THREADS, std::is_same_v<Codec, Raw> ? 2 : 3)
   const int64_t i = thread_element();
   const bool inside = i < answer.chunk_numel;
   const Place at = place_in_row(answer.chunk_numel, i, aligned);
-  float x[V] = {}, sent[V];
+  if constexpr (IS_LEVELS<Codec>) Codec::prepare(args.layout);
+  float x[V], sent[V];
+  start_sum(x);
   if (inside) {
     sum_messages<Codec>(args, i, aligned, x);
     divide(x, args.divisor);
@@ -93,6 +102,13 @@ __global__ void __launch_bounds__(THREADS, std::is_same_v<Codec, Raw> ? 2 : 3)
     case FormatId::e5m2: encode_answer<E5M2>(args, to, x, meetings, sent); break;
     case FormatId::mxfp4:
     case FormatId::nvfp4: encode_answer<E2M1>(args, to, x, meetings, sent); break;
+    case FormatId::levels1:
+    case FormatId::levels2:
+    case FormatId::levels3:
+    case FormatId::levels4:
+      AnswerLevels::prepare(answer);
+      encode_answer<AnswerLevels>(args, to, x, meetings, sent);
+      break;
     default:  // raw; its random numbers count the elements of the chunk
 #pragma unroll
       for (int j = 0; j < V; ++j) sent[j] = x[j];
@@ -109,8 +125,41 @@ __global__ void __launch_bounds__(THREADS, std::is_same_v<Codec, Raw> ? 2 : 3)
   store(args.residual, Dtype::f32, at, x, dropped);
 }
 
+// The usual call: nothing but whole, aligned rows, no residual, nearest rounding, and an answer in the messages' format
+// or (Answer = Raw) the float32 sum. Few registers, so that a medium bucket's CTAs all run at once.
+template <class Codec, class Answer>
+__global__ void __launch_bounds__(THREADS, 4)
+    decode_sum_plain_kernel(const __grid_constant__ DecodeSumEncodeArgs args, int64_t, bool) {
+  const Layout& answer = args.answer_layout;
+  const int64_t i = thread_element();
+  const bool inside = i < answer.chunk_numel;
+  float x[V];
+  start_sum(x);
+  if (inside) {
+    sum_messages<Codec>(args, i, true, x);
+    divide(x, args.divisor);
+  }
+  if constexpr (std::is_same_v<Answer, Raw>) {
+#pragma unroll
+    for (int j = 0; j < V; ++j)
+      if (x[j] != x[j]) x[j] = as_float(0x7FC00000u);
+    store(args.answer, Dtype::f32, place_in_row(answer.chunk_numel, i, true), x);
+  } else {
+    __shared__ BlockMeetings meetings;
+    zero_padding(args.answer, answer, Answer::BITS);
+    const Target to{args.answer, i, args.chunk * answer.chunk_numel + i, i, inside, true};
+    encode_block<Answer>(x, answer, Random{}, args.blocks, to, meetings);
+  }
+}
+
 template <class Codec>
 void launch_decode_sum_encode(const DecodeSumEncodeArgs& args, const Launch& launch) {
+  if constexpr (!std::is_same_v<Codec, Raw>) {
+    const FormatId answer = args.answer_layout.format;
+    const bool plain = launch.aligned && args.residual == nullptr && !args.random.stochastic;
+    if (plain && answer == FormatId::fp32) return launch(decode_sum_plain_kernel<Codec, Raw>, args);
+    if (plain && answer == args.layout.format) return launch(decode_sum_plain_kernel<Codec, Codec>, args);
+  }
   launch(decode_sum_encode_kernel<Codec>, args);
 }
 

@@ -22,6 +22,10 @@ void with_codec(FormatId format, Family family) {
     case FormatId::e5m2: return family(static_cast<E5M2*>(nullptr));
     case FormatId::mxfp4:
     case FormatId::nvfp4: return family(static_cast<E2M1*>(nullptr));
+    case FormatId::levels1:
+    case FormatId::levels2:
+    case FormatId::levels3:
+    case FormatId::levels4: return family(static_cast<MessageLevels*>(nullptr));
   }
 }
 

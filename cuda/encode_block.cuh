@@ -24,6 +24,7 @@ struct Sent {
 
 struct BlockMeetings {
   Meeting max, sum;
+  Meeting product, square;  // of levels
 };
 
 // Bytes between the sections are zero. Fewer than 16 after each: the first CTA of a row writes them.
@@ -49,7 +50,12 @@ __device__ __forceinline__ float mean_magnitude(const float (&h)[V], float amax,
   const float down = huge ? 0x1p16f : amax < 1.0f / LIFT ? 1.0f / LIFT : 1.0f;
   float part[V];
 #pragma unroll
-  for (int j = 0; j < V; ++j) part[j] = first + j < valid ? fabsf(h[j]) : 0.0f;
+  for (int j = 0; j < V; ++j) part[j] = fabsf(h[j]);
+  if (first + V > valid) {  // rare
+#pragma unroll
+    for (int j = 0; j < V; ++j)
+      if (first + j >= valid) part[j] = 0.0f;
+  }
   if (up != 1.0f) {  // rare
 #pragma unroll
     for (int j = 0; j < V; ++j) part[j] = __fmul_rn(part[j], up);
@@ -116,17 +122,18 @@ __device__ __forceinline__ void scale_down(const float (&h)[V], const BlockScale
     return;
   }
   const float factor = inverse(Codec::MAX_CODE, scale.value);
+  if (scale.value >= 1.0f / LIFT && scale.value < LARGEST_BF16) {
 #pragma unroll
-  for (int j = 0; j < V; ++j) t[j] = __fmul_rn(h[j], factor);
-  if (!(scale.value >= 1.0f / LIFT && scale.value < LARGEST_BF16)) {
-    // Rare: marked, all zero, tiny, or larger than a bf16 scale can say, which t must not show.
-    const bool zero = scale.marked || scale.value == 0.0f;
-    const float up = lift(scale.value);
+    for (int j = 0; j < V; ++j) t[j] = __fmul_rn(h[j], factor);
+    return;
+  }
+  // Rare: marked, all zero, tiny, or larger than a bf16 scale can say, which t must not show.
+  const bool zero = scale.marked || scale.value == 0.0f;
+  const float up = lift(scale.value);
 #pragma unroll
-    for (int j = 0; j < V; ++j) {
-      const float all = __fmul_rn(__fmul_rn(h[j], up), factor);
-      t[j] = zero ? 0.0f : fminf(fmaxf(all, -Codec::MAX_CODE), Codec::MAX_CODE);
-    }
+  for (int j = 0; j < V; ++j) {
+    const float all = __fmul_rn(__fmul_rn(h[j], up), factor);
+    t[j] = zero ? 0.0f : fminf(fmaxf(all, -Codec::MAX_CODE), Codec::MAX_CODE);
   }
 }
 
@@ -134,11 +141,12 @@ __device__ __forceinline__ void scale_down(const float (&h)[V], const BlockScale
 template <class Codec>
 __device__ __forceinline__ Sent encode_block(const float (&h)[V], const Layout& layout, const Random& random,
                                              const Blocks& blocks, const Target& to, BlockMeetings& meetings) {
-  const BlockScale scale = find_scale<Codec>(h, layout, random, blocks, to, meetings);
   float t[V];
   Codes codes;
-  if (std::is_same_v<Codec, Sign> && !random.stochastic) {
-    codes = {Codec::nearest(eight<0>(h)), Codec::nearest(eight<1>(h))};
+  const bool signs = std::is_same_v<Codec, Sign> && !random.stochastic;
+  if (signs) codes = {Codec::nearest(eight<0>(h)), Codec::nearest(eight<1>(h))};  // they need no scale: h is free early
+  const BlockScale scale = find_scale<Codec>(h, layout, random, blocks, to, meetings);
+  if (signs) {
     if (scale.marked) codes.halves[0].low = codes.halves[1].low = 0xFF;  // as of zeros
   } else if (random.stochastic) {
     scale_down<Codec>(h, scale, layout.scale, t);
@@ -168,8 +176,8 @@ template <class Codec>
 __device__ __forceinline__ void decode_block(const Codes& codes, float scale, ScaleId kind, float (&x)[V]) {
   Codec::values(codes.halves[0], eight<0>(x));
   Codec::values(codes.halves[1], eight<1>(x));
-  if constexpr (Codec::MAX_CODE != 1.0f) {
-    const float unit = Codec::FLOAT && kind == ScaleId::e8m0 ? 1.0f : 1.0f / Codec::MAX_CODE;
+  if constexpr (Codec::FLOAT) {
+    const float unit = kind == ScaleId::e8m0 ? 1.0f : 1.0f / Codec::MAX_CODE;
 #pragma unroll
     for (int j = 0; j < V; ++j) x[j] = __fmul_rn(x[j], unit * Codec::VALUE_SCALE);
   }

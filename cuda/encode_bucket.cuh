@@ -3,6 +3,7 @@
 
 #include "families.cuh"
 #include "feedback.cuh"
+#include "levels.cuh"
 #include "raw.cuh"
 
 namespace commq::cuda {
@@ -12,30 +13,42 @@ struct EncodeMeetings {
   FeedbackMeetings feedback;
 };
 
-// CTAs that an SM should hold at least; more registers would leave too few loads under way.
-constexpr int encode_ctas(bool residual, bool rotated) {
-  return !residual && !rotated ? 5 : residual && rotated ? 2 : 4;
+// What an instantiation may leave out. The usual call (plain: bfloat16, aligned rows, no residual) needs so few
+// registers that an SM holds more CTAs, with more loads under way.
+enum class Case { plain, residual, other };
+
+// Whether the plain kernel can also draw random numbers without spilling registers.
+template <class Codec, bool Rotated>
+constexpr bool PLAIN_DRAWS = !Rotated && !std::is_same_v<Codec, Sign>;
+
+constexpr int encode_ctas(Case kind, bool rotated) {
+  return kind == Case::plain ? 6 : kind == Case::other ? 5 : rotated ? 2 : 4;
 }
 
-template <class Codec, bool Residual, bool Rotated>
-__global__ void __launch_bounds__(THREADS, encode_ctas(Residual, Rotated))
-    encode_bucket_kernel(const __grid_constant__ EncodeArgs args, int64_t first_row, bool aligned) {
+template <class Codec, Case Kind, bool Rotated>
+__global__ void __launch_bounds__(THREADS, encode_ctas(Kind, Rotated))
+    encode_bucket_kernel(const __grid_constant__ EncodeArgs args, int64_t first_row, bool some_aligned) {
+  constexpr bool Residual = Kind == Case::residual, Plain = Kind == Case::plain;
   __shared__ EncodeMeetings meetings;
   [[maybe_unused]] __shared__ Exchange exchange;
   const Layout& layout = args.layout;
+  const bool aligned = Plain || some_aligned;
   const int64_t i = thread_element(), row_number = first_row + blockIdx.y;
   const Place at = place(layout, row_number, i, aligned);
   uint8_t* row = args.wire + row_number * layout.row_stride;
   const Target to{row, i, at.n, at.n, i < layout.chunk_numel, aligned};
 
+  if constexpr (IS_LEVELS<Codec>) Codec::prepare(layout);
+  const Random random = Plain && !PLAIN_DRAWS<Codec, Rotated> ? Random{} : args.random;
+
   float h[V], e[V], y[V];
   float old_scale = 0.0f;
-  load(args.x, args.x_dtype, at, h);
+  load(args.x, Plain ? Dtype::bf16 : args.x_dtype, at, h);
   if constexpr (Residual) {
     old_scale = residual_scale(args, at);
     load_residual(args, at, old_scale, e);
   }
-  zero_padding(row, layout, Codec::BITS);
+  zero_padding(row, layout, IS_LEVELS<Codec> ? code_bits(layout.format) : Codec::BITS);
   if (args.prescale != 1.0f) {
 #pragma unroll
     for (int j = 0; j < V; ++j) h[j] = __fmul_rn(h[j], args.prescale);
@@ -47,17 +60,21 @@ __global__ void __launch_bounds__(THREADS, encode_ctas(Residual, Rotated))
 #pragma unroll
   for (int j = 0; j < V; ++j) y[j] = h[j];
   if constexpr (Rotated) rotate(y, args.rotation, args.signs, i, exchange);
-  const Sent sent = encode_block<Codec>(y, layout, args.random, args.blocks, to, meetings.block);
+  const Sent sent = encode_any<Codec>(y, layout, random, args.blocks, to, meetings.block);
 
   if constexpr (Residual) {
     decode_block<Codec>(sent.codes, sent.scale, layout.scale, y);
     if constexpr (Rotated) unrotate(y, args.rotation, args.signs, i, exchange);
     uint32_t dropped = 0;
+    if constexpr (Rotated) {
 #pragma unroll
-    for (int j = 0; j < V; ++j) {
-      if (!finite(y[j])) dropped |= 1u << j;
-      h[j] = __fmul_rn(__fadd_rn(h[j], -y[j]), args.gain);
+      for (int j = 0; j < V; ++j)
+        if (!finite(y[j])) dropped |= 1u << j;
+    } else if (!finite(sent.scale)) {  // what an encoder sends is finite as a block: no code is above 1 in units of it
+      dropped = 0xFFFF;
     }
+#pragma unroll
+    for (int j = 0; j < V; ++j) h[j] = __fmul_rn(__fadd_rn(h[j], -y[j]), args.gain);
     if (args.decay != 0.0f) {
       load_residual(args, at, old_scale, e);  // again, rather than keep it in registers all the time
 #pragma unroll
@@ -82,16 +99,26 @@ static __global__ void __launch_bounds__(THREADS)
   store_raw(args.wire + row_number * layout.row_stride, layout.format, i, count, aligned, x);
 }
 
+template <class Codec, bool Rotated>
+void launch_blocks(const EncodeArgs& args, const Launch& launch) {
+  const bool draws = PLAIN_DRAWS<Codec, Rotated> || !args.random.stochastic;
+  if (args.residual_kind != ResidualId::none)
+    launch(encode_bucket_kernel<Codec, Case::residual, Rotated>, args);
+  else if (launch.aligned && args.x_dtype == Dtype::bf16 && draws)
+    launch(encode_bucket_kernel<Codec, Case::plain, Rotated>, args);
+  else
+    launch(encode_bucket_kernel<Codec, Case::other, Rotated>, args);
+}
+
 template <class Codec>
 void launch_encode_bucket(const EncodeArgs& args, const Launch& launch) {
   if constexpr (std::is_same_v<Codec, Raw>) {
     launch(encode_raw_kernel, args);
   } else {
-    const bool residual = args.residual_kind != ResidualId::none, rotated = args.rotation != 0;
-    launch(residual ? rotated ? encode_bucket_kernel<Codec, true, true> : encode_bucket_kernel<Codec, true, false>
-           : rotated ? encode_bucket_kernel<Codec, false, true>
-                     : encode_bucket_kernel<Codec, false, false>,
-           args);
+    if (args.rotation)
+      launch_blocks<Codec, true>(args, launch);
+    else
+      launch_blocks<Codec, false>(args, launch);
   }
 }
 

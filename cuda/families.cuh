@@ -7,6 +7,11 @@ namespace commq::cuda {
 
 struct Raw;  // fp32, bf16 and fp16 elements: no blocks, no scales
 
+template <int Hop>
+struct LevelCodes;  // of tables of levels
+using MessageLevels = LevelCodes<0>;
+using AnswerLevels = LevelCodes<1>;
+
 template <class Codec>
 void launch_encode_bucket(const EncodeArgs& args, const Launch& launch);
 

@@ -51,18 +51,25 @@ __device__ __forceinline__ void store_residual(const EncodeArgs& args, const Pla
     store(args.residual, residual_dtype(args.residual_kind), at, e, dropped);
     return;
   }
+  if (!at.whole() || dropped != 0) {  // rare
 #pragma unroll
-  for (int j = 0; j < V; ++j)
-    e[j] = j < at.valid && !(dropped >> j & 1) ? fminf(fmaxf(e[j], -FLT_MAX), FLT_MAX) : 0.0f;
+    for (int j = 0; j < V; ++j)
+      if (j >= at.valid || (dropped >> j & 1)) e[j] = 0.0f;
+  }
   const int threads = args.layout.block / V;
-  const float amax = reduce_max(max_magnitude(e), threads, meetings.max);
+  float amax = reduce_max(max_magnitude(e), threads, meetings.max);
   const uint32_t mine = dropped & ((1u << at.valid) - 1);
   // Without a rotation a block is dropped as a whole.
   const bool any_dropped = Rotated ? reduce_max(mine ? 1.0f : 0.0f, threads, meetings.dropped) != 0.0f : mine != 0;
+  if (!(amax >= 1.0f / LIFT && amax <= FLT_MAX)) {  // rare: too small to divide by, or the residual would be infinite
+    amax = fminf(amax, FLT_MAX);
+#pragma unroll
+    for (int j = 0; j < V; ++j) e[j] = __fmul_rn(fminf(fmaxf(e[j], -FLT_MAX), FLT_MAX), lift(amax));
+  }
   const float factor = inverse(127.0f, amax);
   float t[V];
 #pragma unroll
-  for (int j = 0; j < V; ++j) t[j] = __fmul_rn(__fmul_rn(e[j], lift(amax)), factor);
+  for (int j = 0; j < V; ++j) t[j] = __fmul_rn(e[j], factor);
   const Codes codes{Int8::nearest(eight<0>(t)), Int8::nearest(eight<1>(t))};
   uint8_t* residual = static_cast<uint8_t*>(args.residual) + at.n;
   if (at.whole() && dropped == 0) {

@@ -7,6 +7,8 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <cstring>
+#include <limits>
 #include <optional>
 #include <vector>
 
@@ -100,10 +102,36 @@ bool is_power(int64_t value, int64_t lowest, int64_t highest) {
   return value >= lowest && value <= highest && (value & (value - 1)) == 0;
 }
 
-// `numbers`: format, scale, block, group, numel, chunks, chunk_numel, scales_offset, groups_offset, chunk_bytes.
+float float_of(int64_t bits) {
+  const auto word = static_cast<int32_t>(bits);
+  float x;
+  std::memcpy(&x, &word, 4);
+  return x;
+}
+
+// `numbers` from the 11th on: fit, bits of 1 / spread**2, and of each level.
+Levels levels_of(const Numbers& numbers, const char* name) {
+  const int64_t count = static_cast<int64_t>(numbers.size()) - 12, bits = numbers[0] - 11;
+  STD_TORCH_CHECK(count >= 2 && count <= 1 << bits && numbers[10] >= 0 && numbers[10] <= 2, name, ": ", count,
+                  " levels with fit ", numbers[10], ", expected 2 to ", 1 << bits, " and fit 0 to 2");
+  Levels table{};
+  table.count = static_cast<int32_t>(count);
+  table.fit = static_cast<FitId>(numbers[10]);
+  table.spread = static_cast<float>(numbers[2]) * float_of(numbers[11]);
+  for (int64_t k = 0; k < 16; ++k) table.levels[k] = float_of(numbers[12 + (k < count ? k : count - 1)]);
+  for (int64_t k = 0; k < 15; ++k)
+    table.edges[k] = k + 1 < count ? (table.levels[k] + table.levels[k + 1]) * 0.5f
+                                   : std::numeric_limits<float>::infinity();
+  return table;
+}
+
+// `numbers`: format, scale, block, group, numel, chunks, chunk_numel, scales_offset, groups_offset, chunk_bytes; and
+// what levels_of takes, for formats with levels.
 // `wire` has one row for each chunk, or, if `messages`, any number of messages about one chunk.
 Layout layout_of(const Numbers& numbers, const Tensor& wire, const char* name, const Device& device, bool messages) {
-  STD_TORCH_CHECK(numbers.size() == 10, name, ": a layout is 10 numbers, found ", numbers.size());
+  const bool leveled = numbers.size() > 12;
+  STD_TORCH_CHECK(numbers.size() == 10 || leveled, name, ": a layout is 10 numbers, or more than 12, found ",
+                  numbers.size());
   Layout layout{};
   layout.format = static_cast<FormatId>(numbers[0]);
   layout.scale = static_cast<ScaleId>(numbers[1]);
@@ -116,12 +144,14 @@ Layout layout_of(const Numbers& numbers, const Tensor& wire, const char* name, c
   layout.chunk_bytes = numbers[9];
 
   const int64_t chunks = numbers[5], C = layout.chunk_numel;
-  STD_TORCH_CHECK(numbers[0] >= 0 && numbers[0] <= static_cast<int64_t>(FormatId::nvfp4) && numbers[1] >= 0 &&
+  const auto last = static_cast<int64_t>(leveled ? FormatId::levels4 : FormatId::nvfp4);
+  STD_TORCH_CHECK(numbers[0] >= 0 && numbers[0] <= last && is_levels(layout.format) == leveled && numbers[1] >= 0 &&
                       numbers[1] <= static_cast<int64_t>(ScaleId::e4m3),
                   name, ": format ", numbers[0], " with scale ", numbers[1], " is unknown");
   STD_TORCH_CHECK(layout.numel >= 0 && C >= 0 && chunks >= 1 && C <= INT64_MAX / 64 / chunks &&
                       layout.numel <= chunks * C,
                   name, ": ", layout.numel, " elements do not fit ", chunks, " chunks of ", C);
+  if (leveled) layout.levels = levels_of(numbers, name);
   if (!is_raw(layout.format)) {
     STD_TORCH_CHECK(is_power(numbers[2], 16, 4096) && C % layout.block == 0, name, ": block ", numbers[2],
                     " does not divide chunks of ", C, " elements");
@@ -181,14 +211,18 @@ const float* signs_of(const std::optional<Tensor>& signs, int64_t rotation, cons
   return static_cast<const float*>(pointer);
 }
 
-Random random_of(bool stochastic, int64_t seed, int64_t stream, int64_t step) {
-  return {stochastic, static_cast<uint32_t>(seed), static_cast<uint32_t>(stream), static_cast<uint64_t>(step)};
+// `coding`: run length of the rotation or 0, whether rounding is stochastic, seed, stream, step. One list of them is
+// cheaper for the host than five arguments.
+Random random_of(const Numbers& coding) {
+  STD_TORCH_CHECK(coding.size() == 5, "a coding is 5 numbers, found ", coding.size());
+  return {coding[1] != 0, static_cast<uint32_t>(coding[2]), static_cast<uint32_t>(coding[3]),
+          static_cast<uint64_t>(coding[4])};
 }
 
-void encode_bucket(const Tensor& x, const Tensor& wire, const Numbers& numbers, double prescale,
+void encode_bucket(const Tensor& x, const Tensor& wire, const Numbers& numbers, const Numbers& coding, double prescale,
                    const std::optional<Tensor>& residual, const std::optional<Tensor>& residual_scales, double decay,
-                   int64_t rotation, const std::optional<Tensor>& signs, bool stochastic, int64_t seed, int64_t stream,
-                   int64_t step, const std::optional<Tensor>& ids, const std::optional<Tensor>& valid) {
+                   const std::optional<Tensor>& signs, const std::optional<Tensor>& ids,
+                   const std::optional<Tensor>& valid) {
   const Device device(x);
   EncodeArgs args{};
   args.layout = layout_of(numbers, wire, "wire", device, false);
@@ -216,9 +250,9 @@ void encode_bucket(const Tensor& x, const Tensor& wire, const Numbers& numbers, 
   }
   args.decay = static_cast<float>(decay);
   args.gain = static_cast<float>(1.0 - decay);
-  args.rotation = static_cast<int32_t>(rotation);
-  args.signs = signs_of(signs, rotation, args.layout, device);
-  args.random = random_of(stochastic, seed, stream, step);
+  args.random = random_of(coding);
+  args.rotation = static_cast<int32_t>(coding[0]);
+  args.signs = signs_of(signs, coding[0], args.layout, device);
   args.blocks = blocks_of(ids, valid, args.layout, args.layout.rows, -1, device);
   COMMQ_RUN(encode_bucket, device, args);
 }
@@ -250,9 +284,8 @@ void decode_sum(const Tensor& wire, const Numbers& numbers, double divisor, cons
 }
 
 void decode_sum_encode(const Tensor& wire, const Numbers& numbers, const Tensor& answer, const Numbers& answer_numbers,
-                       int64_t chunk, double divisor, const std::optional<Tensor>& residual, bool stochastic,
-                       int64_t seed, int64_t stream, int64_t step, const std::optional<Tensor>& ids,
-                       const std::optional<Tensor>& valid) {
+                       const Numbers& coding, int64_t chunk, double divisor, const std::optional<Tensor>& residual,
+                       const std::optional<Tensor>& ids, const std::optional<Tensor>& valid) {
   const Device device(wire);
   DecodeSumEncodeArgs args{};
   args.layout = layout_of(numbers, wire, "wire", device, true);
@@ -270,7 +303,7 @@ void decode_sum_encode(const Tensor& wire, const Numbers& numbers, const Tensor&
   if (residual.has_value())
     args.residual =
         static_cast<float*>(data(*residual, "residual", device, ScalarType::Float, args.layout.chunk_numel));
-  args.random = random_of(stochastic, seed, stream, step);
+  args.random = random_of(coding);
   args.blocks = blocks_of(ids, valid, args.answer_layout, chunks, chunk, device);
   COMMQ_RUN(decode_sum_encode, device, args);
 }
@@ -286,15 +319,14 @@ void implement(torch::stable::detail::StableLibrary& ops) {
 
 STABLE_TORCH_LIBRARY(commq, ops) {
   ops.def(
-      "encode_bucket(Tensor x, Tensor(a!) wire, int[] layout, float prescale, Tensor(b!)? residual, "
-      "Tensor(c!)? residual_scales, float decay, int rotation, Tensor? signs, bool stochastic, int seed, int stream, "
-      "int step, Tensor? ids, Tensor? valid) -> ()");
+      "encode_bucket(Tensor x, Tensor(a!) wire, int[] layout, int[] coding, float prescale, Tensor(b!)? residual, "
+      "Tensor(c!)? residual_scales, float decay, Tensor? signs, Tensor? ids, Tensor? valid) -> ()");
   ops.def(
       "decode_bucket(Tensor wire, int[] layout, Tensor(a!) out, int rotation, Tensor? signs, bool accumulate) -> ()");
   ops.def("decode_sum(Tensor wire, int[] layout, float divisor, Tensor(a!) out) -> ()");
   ops.def(
-      "decode_sum_encode(Tensor wire, int[] layout, Tensor(a!) answer, int[] answer_layout, int chunk, float divisor, "
-      "Tensor(b!)? residual, bool stochastic, int seed, int stream, int step, Tensor? ids, Tensor? valid) -> ()");
+      "decode_sum_encode(Tensor wire, int[] layout, Tensor(a!) answer, int[] answer_layout, int[] coding, int chunk, "
+      "float divisor, Tensor(b!)? residual, Tensor? ids, Tensor? valid) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(commq, CPU, ops) { implement(ops); }

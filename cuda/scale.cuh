@@ -90,19 +90,21 @@ struct WireScale {
   uint32_t code;   // scale bytes
   uint32_t group;  // bits of the group's scale (e4m3 scales only)
 
+  // Where the scale of element i's block, and its group's, stand within a row.
+  static __device__ __forceinline__ int64_t offset(const Layout& layout, int64_t i) {
+    return layout.scales_offset + (i >> log2_of(layout.block)) * scale_bytes(layout.scale);
+  }
+  static __device__ __forceinline__ int64_t group_offset(const Layout& layout, int64_t i) {
+    return layout.group ? layout.groups_offset + (i >> log2_of(layout.group)) * 4 : 0;
+  }
+
   template <bool Float>
-  __device__ __forceinline__ void load(const uint8_t* row, const Layout& layout, int64_t i, bool aligned) {
-    const uint8_t* scales = row + layout.scales_offset;
-    const int64_t g = i >> log2_of(layout.block);
-    if (Float && layout.scale == ScaleId::e8m0) {
-      code = scales[g];
-    } else if (Float && layout.scale == ScaleId::e4m3) {
-      code = scales[g];
-      group = load_bytes(row + layout.groups_offset + (i >> log2_of(layout.group)) * 4, 4, aligned);
-    } else if (layout.scale == ScaleId::bf16) {
-      code = load_bytes(scales + g * 2, 2, aligned);
+  __device__ __forceinline__ void load(ScaleId kind, const uint8_t* scale, const uint8_t* group_scale, bool aligned) {
+    if (Float && (kind == ScaleId::e8m0 || kind == ScaleId::e4m3)) {
+      code = *scale;
+      if (kind == ScaleId::e4m3) group = load_bytes(group_scale, 4, aligned);
     } else {
-      code = load_bytes(scales + g * 4, 4, aligned);
+      code = load_bytes(scale, kind == ScaleId::bf16 ? 2 : 4, aligned);
     }
   }
 

@@ -1,19 +1,34 @@
 // A thread's elements of one message: what is loaded first (so that several loads are under way) and then decoded.
 #pragma once
 
-#include "encode_block.cuh"
+#include "levels.cuh"
 #include "raw.cuh"
 
 namespace commq::cuda {
+
+// Where a thread's elements, their scale and their group's scale stand within every row.
+struct Offsets {
+  int64_t i, codes, scale, group;
+
+  __device__ __forceinline__ Offsets(const Layout& layout, int64_t i, int bits)
+      : i(i),
+        codes(i / 8 * bits),
+        scale(WireScale::offset(layout, i)),
+        group(WireScale::group_offset(layout, i)) {}
+};
 
 template <class Codec>
 struct Source {
   Codes codes;
   WireScale scale;
 
-  __device__ __forceinline__ void load(const uint8_t* row, const Layout& layout, int64_t i, bool aligned) {
-    codes = load_codes<Codec::BITS>(row + i / 8 * Codec::BITS, aligned);
-    scale.template load<Codec::FLOAT>(row, layout, i, aligned);
+  static __device__ __forceinline__ Offsets offsets(const Layout& layout, int64_t i) {
+    return {layout, i, Codec::BITS};
+  }
+
+  __device__ __forceinline__ void load(const uint8_t* row, const Layout& layout, const Offsets& at, bool aligned) {
+    codes = load_codes<Codec::BITS>(row + at.codes, aligned);
+    scale.template load<Codec::FLOAT>(layout.scale, row + at.scale, row + at.group, aligned);
   }
 
   __device__ __forceinline__ void decode(const Layout& layout, float (&x)[V]) const {
@@ -21,12 +36,30 @@ struct Source {
   }
 };
 
+template <int Hop>
+struct Source<LevelCodes<Hop>> {
+  Codes codes;
+  WireScale scale;
+
+  __device__ __forceinline__ void load(const uint8_t* row, const Layout& layout, int64_t i, bool aligned) {
+    const int bits = code_bits(layout.format);
+    codes = load_levels(row + i / 8 * bits, bits, aligned);
+    scale.template load<false>(row, layout, i, aligned);
+  }
+
+  __device__ __forceinline__ void decode(const Layout& layout, float (&x)[V]) const {
+    decode_block<LevelCodes<Hop>>(codes, scale.template value<false>(layout.scale), layout.scale, x);
+  }
+};
+
 template <>
 struct Source<Raw> {
   float elements[V];
 
-  __device__ __forceinline__ void load(const uint8_t* row, const Layout& layout, int64_t i, bool aligned) {
-    const int64_t left = layout.chunk_numel - i;
+  static __device__ __forceinline__ Offsets offsets(const Layout& layout, int64_t i) { return {layout, i, 8}; }
+
+  __device__ __forceinline__ void load(const uint8_t* row, const Layout& layout, const Offsets& at, bool aligned) {
+    const int64_t i = at.i, left = layout.chunk_numel - i;
     load_raw(row, layout.format, i, left < V ? static_cast<int>(left) : V, aligned, elements);
   }
 

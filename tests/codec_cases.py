@@ -3,21 +3,39 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from commq.codecs import reference
-from commq.codecs.formats import FORMATS, SCALES, Format, get_format
+from commq.codecs.formats import FORMATS, LEVEL_FORMATS, SCALES, Format, get_format, level_format
 from commq.codecs.reference import Blocks, Coding
 from commq.codecs.rotation import Rotation
 from commq.codecs.wire import Layout
 
 FORMAT_SCALES = [(name, scale) for name in FORMATS for scale in SCALES.get(name, (None,))]
+TABLES: dict[str, Format] = {
+    **{name: fmt for name, fmt in LEVEL_FORMATS.items() if fmt.bits <= 4},
+    "two": level_format("two", 1, (-1.0, 1.0)),
+    "three": level_format("three", 2, (-1.0, 0.125, 1.0)),
+    "seven": level_format("seven", 3, (-1.0, -0.3, -0.1, 0.0, 0.1, 0.3, 1.0)),
+    "sixteen": level_format("sixteen", 4, (-1.0, *(k / 14 for k in range(15)))),
+}
+"""Formats of levels that every implementation has: those with names, and odd ones."""
+SWEEP = [*FORMAT_SCALES, *((name, scale) for name in TABLES for scale in ("fp32", "bf16"))]
+"""What the cases go through by turns: a format's name and its scale."""
 _LENGTHS = (0, 1, 2, 15, 16, 17, 127, 128, 129, 1000, 4095, 4097)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+LEVELS = [
+    replace(get_format(name) if name in LEVEL_FORMATS else TABLES[name], block=block, scale=scale)
+    for name in ("eden1", "eden2", "lloyd3", "eden4", "three", "seven", "dynamic8")
+    for block, scale in ((16, "fp32"), (128, "bf16"), (256, "fp32"))
+]
+"""Some formats of levels, of all kinds, with small and large blocks."""
 
 
 def nasty(length: int, generator: torch.Generator) -> Tensor:
@@ -58,8 +76,8 @@ class Case:
     def __post_init__(self) -> None:
         choose = self._choose = random.Random(self.number)
         self._generator = torch.Generator().manual_seed(self.number)
-        fmt = self._format(*FORMAT_SCALES[self.number % len(FORMAT_SCALES)])
-        answer = self._format(*choose.choice(FORMAT_SCALES))
+        fmt = self._format(*SWEEP[self.number % len(SWEEP)])
+        answer = self._format(*choose.choice(SWEEP))
         rounding = "nearest"
         if fmt.unbiased and answer.unbiased and choose.random() < 0.5:
             rounding = "stochastic"
@@ -87,6 +105,8 @@ class Case:
         self.decay = choose.choice((0.0, 0.8)) if self.residual else 0.0
 
     def _format(self, name: str, scale: str | None) -> Format:
+        if name in TABLES:
+            return replace(TABLES[name], block=2 ** self._choose.randint(4, 12), scale=scale)
         if name not in SCALES:
             return get_format(name)
         return get_format(name, block=2 ** self._choose.randint(4, 12), scale=scale)

@@ -19,6 +19,7 @@ import torch.distributed as dist
 import commq
 from commq.codecs.bounds import error_bound
 from commq.codecs.formats import FORMATS, get_format
+from commq.collectives import hosts
 from commq.collectives.all_reduce import SCHEDULES
 from commq.collectives.arguments import PIECE_BYTES
 from commq.collectives.lost import RankLostError
@@ -345,7 +346,7 @@ def main() -> None:
     world = MPI.COMM_WORLD
     assert world.Get_size() == RANKS, f"expected {RANKS} ranks, found {world.Get_size()}"
     try:
-        os.environ["NCCL_HOSTID"] = f"host {world.Get_rank() % 2}"  # two hosts, for two_hop
+        hosts.host_key = lambda: f"host {world.Get_rank() % 2}"  # two hosts, for two_hop
         init_process_group("gloo")
         Mpi.of(world, timeout=30.0)
         for name, fn in CHECKS.items():

@@ -70,10 +70,19 @@ ScaleId random_scale(FormatId format) {
 // The format's part of a layout; `place` adds the lengths.
 Layout random_format() {
   Layout layout{};
-  layout.format = static_cast<FormatId>(below(static_cast<int64_t>(FormatId::nvfp4) + 1));
+  layout.format = static_cast<FormatId>(below(static_cast<int64_t>(FormatId::levels4) + 1));
   layout.scale = random_scale(layout.format);
   layout.block = is_raw(layout.format) ? 16 : 16 << below(9);
   layout.group = layout.format == FormatId::nvfp4 ? std::max(layout.block, 256) : 0;
+  if (is_levels(layout.format)) {
+    Levels& table = layout.levels;
+    table.count = static_cast<int32_t>(2 + below((1 << code_bits(layout.format)) - 1));
+    table.fit = pick({FitId::largest, FitId::unbiased, FitId::least_squares});
+    table.spread = static_cast<float>(layout.block) / 3;
+    for (int k = 0; k < 16; ++k)
+      table.levels[k] = static_cast<float>(std::min(k, table.count - 1) * 2) / static_cast<float>(table.count - 1) - 1;
+    for (int k = 0; k < 15; ++k) table.edges[k] = (table.levels[k] + table.levels[k + 1]) * 0.5f;
+  }
   return layout;
 }
 

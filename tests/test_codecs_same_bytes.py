@@ -16,14 +16,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from codec_cases import FORMAT_SCALES, Case, assert_same, run_case
+from codec_cases import SWEEP, Case, assert_same, run_case
 from commq.codecs import native, reference
 from commq.codecs.formats import FORMATS, get_format
 from commq.codecs.reference import Blocks, Coding
 from commq.codecs.rotation import Rotation
 from commq.codecs.wire import Layout
 
-ROUND = len(FORMAT_SCALES)
+ROUND = len(SWEEP)
 """Cases in which every format and scale comes once."""
 
 
@@ -169,9 +169,8 @@ def test_opcheck(name: str, device: str, monkeypatch: pytest.MonkeyPatch) -> Non
     """torch's own checks of each op: schema, mutated arguments, fake implementation."""
     native_on(device)
     calls = []
-    for family in ("encode_bucket", "decode_bucket", "decode_sum", "decode_sum_encode"):
-        op = getattr(torch.ops.commq, family)
-        monkeypatch.setattr(torch.ops.commq, family, lambda *args, op=op: calls.append((op.default, args)))
+    for family, op in list(native._OPS.items()):
+        monkeypatch.setitem(native._OPS, family, lambda *args, op=op: calls.append((op, args)))
     all_reduce_alone(sample(name, device))
     monkeypatch.undo()
     assert len(calls) == 4

@@ -27,8 +27,10 @@ def test_every_rank_has_one_place(place):
                 assert hosts.members[hosts.host_of[rank]][hosts.local_of[rank]] == rank
 
 
-def test_a_host_is_named_as_nccl_names_it(monkeypatch):
-    monkeypatch.setenv("NCCL_HOSTID", "node7")
-    assert host_key() == "node7"
-    monkeypatch.delenv("NCCL_HOSTID")
-    assert host_key() == host_key() != "node7"
+def test_ranks_of_a_host_have_one_key(monkeypatch):
+    monkeypatch.setenv("NCCL_HOSTID", "0")  # as where ranks share a GPU
+    key = host_key()
+    monkeypatch.setenv("NCCL_HOSTID", "1")
+    assert host_key() == key
+    monkeypatch.setattr("socket.gethostname", lambda: "another")
+    assert host_key() != key

@@ -93,6 +93,23 @@ def test_rows_without_a_gradient_do_not_move(dtype, steps):
 
 
 @thread_ranks(3)
+@pytest.mark.parametrize("fmt", ["eden1", "eden2", "lloyd1", "int2"])
+def test_other_formats_move_no_unused_row_and_resume_to_the_bit(fmt):
+    module, optimizer = make(momentum_format=fmt)
+    before = module.table.detach().clone()
+    run(module, optimizer, range(9))
+    weights, state = copy.deepcopy(module.state_dict()), copy.deepcopy(optimizer.state_dict())
+    again, other = make(momentum_format=fmt)
+    again.load_state_dict(weights)
+    other.load_state_dict(state)
+    for each, opt in ((module, optimizer), (again, other)):
+        run(each, opt, range(9, 14))
+    assert torch.equal(parameters_of(module), parameters_of(again))
+    assert torch.equal(module.table[DEAD_ROWS], before[DEAD_ROWS])
+    assert same_on_all_ranks(parameters_of(module)) and not torch.equal(module.table, before)
+
+
+@thread_ranks(3)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("stop", [3, 5, 9], ids=["warm-up", "at the switch", "frozen"])
 def test_a_loaded_state_goes_on_to_the_bit(stop, dtype):

@@ -6,10 +6,12 @@ import pytest
 
 import commq
 
+EDEN = ("eden1", "eden2", "eden3", "eden4", "eden2-feedback")
+
 
 def test_names():
     assert commq.recipes()[:7] == ["fp32", "bf16", "fp8", "int8", "int4", "int2", "onebit"]
-    assert commq.recipes()[7:] == ["qsgd", "loco", "tlq-hs", "doublesqueeze", "ef-signsgd", "thc", "marsit"]
+    assert commq.recipes()[7:] == ["qsgd", "loco", "tlq-hs", "doublesqueeze", "ef-signsgd", "thc", *EDEN, "marsit"]
     for name in commq.recipes():
         assert commq.recipe(name).name == name
 

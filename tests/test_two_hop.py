@@ -1,6 +1,5 @@
 """Two-hop on thread ranks that believe they are on several hosts, neighbours or not."""
 
-import os
 from functools import partial
 
 import pytest
@@ -12,6 +11,7 @@ from commq.codecs.bounds import error_bound
 from commq.codecs.formats import FORMATS, get_format
 from commq.codecs.reference import Coding
 from commq.codecs.rotation import Rotation, rotate, unrotate
+from commq.collectives import hosts as hosts_module
 from commq.collectives.all_reduce import answer_residual_numel
 from commq.collectives.arguments import PIECE_BYTES
 from commq.collectives.group import transport_of
@@ -271,7 +271,7 @@ def test_hosts_of_different_sizes_are_refused_on_every_rank():
 
 def reduce_on(keys):
     if keys:
-        os.environ["NCCL_HOSTID"] = keys[dist.get_rank()]
+        hosts_module.host_key = lambda: keys[dist.get_rank()]
     shares, transport = [], transport_of(None)
     share = transport.share
     transport.share = lambda value: shares.append(value) or share(value)

@@ -69,8 +69,10 @@ class AnswerResidual:
         self._bound.clear()
 
     def settle(self) -> None:
-        """All buffers are bound: what was collected is no longer needed."""
-        self._whole.clear()
+        """A step is over: what was collected is no longer needed where it is bound, which first buckets may not be."""
+        if self._whole:
+            for run in (run for bound in self._bound for runs in bound.runs for run in runs):
+                self._whole.pop(run.name, None)
 
     def set_loss_scale(self, loss_scale: float) -> None:
         """Gradients come multiplied by `loss_scale` from now on: residuals follow."""

@@ -12,7 +12,7 @@ of the bucket, and disturb no block.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -22,9 +22,10 @@ from commq.attach.answer_residual import AnswerResidual
 from commq.codecs.formats import Format
 from commq.codecs.reference import Blocks, Coding
 from commq.codecs.wire import Layout
-from commq.collectives.message import Operand
+from commq.collectives.message import Message, Operand, make_messages
 from commq.collectives.plan import Plan, Source, make_plan
 from commq.collectives.route import inside_format
+from commq.collectives.transport import Transport
 from commq.feedback.residual import Residual, Segment, Stored
 from commq.recipe import Recipe
 
@@ -48,14 +49,13 @@ class Member:
 class Raw:
     """Parameters that travel uncoded."""
 
-    index: Tensor
-    """int64: their elements' places in DDP's buffer."""
+    runs: tuple[tuple[int, int], ...]
+    """Start and length of each run of their elements in DDP's buffer."""
 
-    def gather(self, buffer: Tensor) -> Tensor:
-        return buffer[self.index]
-
-    def scatter(self, buffer: Tensor, x_N: Tensor) -> None:
-        buffer[self.index] = x_N
+    def lay(self, buffer: Tensor) -> RawTensors:
+        views = [buffer[start : start + numel] for start, numel in self.runs]
+        x_N = buffer.new_empty(sum(numel for _, numel in self.runs))
+        return RawTensors(x_N, views, list(x_N.split([numel for _, numel in self.runs])))
 
     def operand(self, x_N: Tensor, coding: Coding, decay: float) -> Operand:
         return Operand(x_N, x_N, Coding())
@@ -71,35 +71,30 @@ class Coded:
     segments: tuple[Segment, ...]
     in_place: bool
     """The aligned places are those of DDP's own buffer."""
-    residual: Stored | None
-    padding: Tensor | None
+    residual: Stored | None = None
+    padding: Tensor | None = None
     """int64: places of the residual that belong to no parameter and could take a value; they are kept at zero."""
-    blocks: Blocks | None
-    answer_blocks: Blocks | None
+    blocks: Blocks | None = None
+    answer_blocks: Blocks | None = None
     answer_residual: Tensor | None = None
     lives: tuple[Tensor | None, ...] = ()
-    """For each segment, the places in DDP's buffer of the elements that travel; None: all from `starts` on."""
+    """For each segment, the places in DDP's buffer of the elements that travel; None: all from its start on."""
 
     def residuals(self) -> list[Tensor]:
         """All tensors of feedback."""
         own = (self.residual.values, self.residual.scales) if self.residual else ()
         return [tensor for tensor in (*own, self.answer_residual) if tensor is not None]
 
-    def gather(self, buffer: Tensor) -> Tensor:
-        if self.in_place:
-            return buffer
-        aligned = buffer.new_zeros(self.numel)
-        for start, s, live in zip(self.starts, self.segments, self.lives, strict=True):
-            aligned[s.offset : s.offset + s.numel] = buffer[start : start + s.numel] if live is None else buffer[live]
-        return aligned
-
-    def scatter(self, buffer: Tensor, x_N: Tensor) -> None:
-        if not self.in_place:
-            for start, s, live in zip(self.starts, self.segments, self.lives, strict=True):
-                here = slice(start, start + s.numel) if live is None else live
-                buffer[here] = x_N[s.offset : s.offset + s.numel]
-        if self.residual is not None and self.padding is not None:
-            self.residual.values[self.padding] = 0
+    def lay(self, buffer: Tensor) -> CodedTensors:
+        tensors = CodedTensors(buffer if self.in_place else buffer.new_zeros(self.numel), [], [], [], buffer, self)
+        for start, s, live in () if self.in_place else zip(self.starts, self.segments, self.lives, strict=True):
+            place = tensors.x_N[s.offset : s.offset + s.numel]
+            if live is None:
+                tensors.views.append(buffer[start : start + s.numel])
+                tensors.places.append(place)
+            else:
+                tensors.picked.append((live, place))
+        return tensors
 
     def operand(self, x_N: Tensor, coding: Coding, decay: float) -> Operand:
         return Operand(
@@ -116,6 +111,50 @@ class Coded:
 
 
 @dataclass(frozen=True)
+class RawTensors:
+    """A raw group in a buffer: what is sent, the runs in DDP's buffer, and the same runs in what is sent."""
+
+    x_N: Tensor
+    views: list[Tensor]
+    places: list[Tensor]
+
+    def gather(self, clear: bool) -> None:
+        torch._foreach_copy_(self.places, self.views)
+        if clear:
+            torch._foreach_zero_(self.views)
+
+    def scatter(self) -> None:
+        torch._foreach_copy_(self.views, self.places)
+
+
+@dataclass(frozen=True)
+class CodedTensors:
+    """The same of a coded group; nothing to copy in place."""
+
+    x_N: Tensor
+    views: list[Tensor]
+    places: list[Tensor]
+    picked: list[tuple[Tensor, Tensor]]
+    """Where only some elements travel: their places in DDP's buffer, and in what is sent."""
+    buffer: Tensor
+    group: Coded
+
+    def gather(self) -> None:
+        if self.places:
+            torch._foreach_copy_(self.places, self.views)
+        for live, place in self.picked:
+            torch.index_select(self.buffer, 0, live, out=place)
+
+    def scatter(self) -> None:
+        if self.places:
+            torch._foreach_copy_(self.views, self.places)
+        for live, place in self.picked:
+            self.buffer.index_copy_(0, live, place)
+        if self.group.residual is not None and self.group.padding is not None:
+            self.group.residual.values[self.group.padding] = 0
+
+
+@dataclass(frozen=True)
 class Bucket:
     """Everything about one bucket that does not change from step to step."""
 
@@ -123,21 +162,58 @@ class Bucket:
     """One for each group."""
     groups: tuple[Coded | Raw, ...]
 
-    def gather(self, buffer: Tensor) -> list[Tensor]:
-        """The tensors of all groups. May overwrite the buffer."""
-        raw = {i: group.gather(buffer) for i, group in enumerate(self.groups) if isinstance(group, Raw)}
-        if any(isinstance(group, Coded) and group.in_place for group in self.groups):
-            for i in raw:
-                self.groups[i].scatter(buffer, buffer.new_zeros(()))
-        return [raw[i] if i in raw else group.gather(buffer) for i, group in enumerate(self.groups)]
+    @property
+    def in_place(self) -> bool:
+        """No group is copied but the exempt ones: its tensors can be laid once, and are used in every step."""
+        return all(isinstance(group, Raw) or group.in_place for group in self.groups)
 
-    def scatter(self, buffer: Tensor, tensors: list[Tensor]) -> None:
+
+@dataclass(frozen=True)
+class Laid:
+    """A bucket in a buffer of DDP's: tensors and messages. Operands read and write those tensors."""
+
+    buffer: Tensor
+    raw: tuple[RawTensors, ...]
+    coded: tuple[CodedTensors, ...]
+    messages: tuple[Message, ...]
+
+    def gather(self, step: int) -> None:
+        """Fill all tensors. Takes exempt elements out of a buffer that is encoded as it stands."""
+        clear = any(tensors.group.in_place for tensors in self.coded)
+        for raw in self.raw:
+            raw.gather(clear)
+        for coded in self.coded:
+            coded.gather()
+        for message in self.messages:
+            message.set_step(step)
+
+    def scatter(self) -> None:
         """Undo `gather` after the exchange. Coded groups first: one of them may be the buffer."""
-        pairs = list(zip(self.groups, tensors, strict=True))
-        for kind in (Coded, Raw):
-            for group, x_N in pairs:
-                if isinstance(group, kind):
-                    group.scatter(buffer, x_N)
+        for coded in self.coded:
+            coded.scatter()
+        for raw in self.raw:
+            raw.scatter()
+
+
+def lay(
+    bucket: Bucket,
+    plans: Sequence[Plan],
+    buffer: Tensor,
+    coding: Coding,
+    decay: float,
+    transport: Transport,
+    backend: str,
+) -> Laid:
+    """Tensors and messages of a bucket whose gradients stand in `buffer`."""
+    tensors = [group.lay(buffer) for group in bucket.groups]
+    operands = [group.operand(each.x_N, coding, decay) for group, each in zip(bucket.groups, tensors, strict=True)]
+    messages = make_messages(plans, operands, transport, average=True, backend=backend) if operands else ()
+    return Laid(
+        buffer,
+        tuple(each for each in tensors if isinstance(each, RawTensors)),
+        tuple(each for each in tensors if isinstance(each, CodedTensors)),
+        tuple(messages),
+    )
 
 
 def make_bucket(
@@ -152,7 +228,7 @@ def make_bucket(
     if len(formats) == 1 and not coded:
         ((fmt, answer),) = formats
         source = Source(buffer.numel(), buffer.dtype, fmt, answer, whole=recipe.rounding == "stochastic")
-        return Bucket((source,), (Coded(buffer.numel(), (), (), True, None, None, None, None),))
+        return Bucket((source,), (Coded(buffer.numel(), (), (), True),))
     sources: list[Source] = []
     groups: list[Coded | Raw] = []
     for pair in (*coded, *(pair for pair in formats if pair not in coded)):
@@ -161,9 +237,8 @@ def make_bucket(
             source, group = _code(own, recipe, residual, len(coded) == 1, two_levels, world_size, buffer)
             groups.append(group)
         else:
-            index = torch.cat([torch.arange(m.offset, m.offset + m.numel, device=buffer.device) for m in own])
-            source = Source(len(index), buffer.dtype, *pair)
-            groups.append(Raw(index))
+            source = Source(sum(m.numel for m in own), buffer.dtype, *pair)
+            groups.append(Raw(tuple(_join(own))))
         sources.append(source)
     return Bucket(tuple(sources), tuple(groups))
 
@@ -181,7 +256,7 @@ def _code(
     unit, device, fmt, answer = recipe.unit, buffer.device, members[0].format, members[0].answer
     feeds_back = recipe.feedback.rule != "none"
     # A rotation and sign codes send something for padding, too. Its residual must not depend on the bucket.
-    leaks = feeds_back and (recipe.rotation is not None or fmt.kind == "sign")
+    leaks = feeds_back and (recipe.rotation is not None or fmt.kind in ("sign", "levels"))
     in_place = alone and all(
         m.live is None and m.offset % unit == 0 and not (leaks and m.numel % unit) for m in members
     )
@@ -193,17 +268,8 @@ def _code(
     inside = (recipe.inside or inside_format(fmt)) if two_levels else None
     whole = recipe.rounding == "stochastic" and "raw" in (answer.kind, inside.kind if inside else "")
     source = Source(numel, buffer.dtype, fmt, answer, unit, inside, whole)
-    group = Coded(
-        numel,
-        tuple(m.offset for m in members),
-        tuple(segments),
-        in_place,
-        residual=None,
-        padding=None,
-        blocks=None,
-        answer_blocks=None,
-        lives=tuple(None if m.live is None else m.live + m.offset for m in members),
-    )
+    lives = tuple(None if m.live is None else m.live + m.offset for m in members)
+    group = Coded(numel, tuple(m.offset for m in members), tuple(segments), in_place, lives=lives)
     part = make_plan((source,), world_size=world_size).parts[0]
     if part.layout.format.kind == "raw":
         return source, group
@@ -217,6 +283,17 @@ def _code(
         )
         group = replace(group, blocks=tables, answer_blocks=answer_tables)
     return source, group
+
+
+def _join(members: list[Member]) -> Iterator[tuple[int, int]]:
+    """Runs (start, length) of the members' elements; neighbours make one run."""
+    start = end = members[0].offset
+    for m in members:
+        if m.offset != end:
+            yield start, end - start
+            start = m.offset
+        end = m.offset + m.numel
+    yield start, end - start
 
 
 def _find_padding(segments: list[Segment], numel: int, device: torch.device) -> Tensor | None:

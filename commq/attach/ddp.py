@@ -7,9 +7,9 @@ The hook averages: DDP sees the mean of the decoded gradients over ranks, the sa
 and GradScaler's search for infinities therefore run on what was really exchanged.
 """
 
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import functools
+import weakref
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +17,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import GradBucket
+from torch.autograd import Variable
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
 from commq.attach.answer_residual import AnswerResidual
-from commq.attach.bucket import Bucket, Coded, Member, bind_answers, make_bucket
-from commq.codecs.reference import Coding
-from commq.collectives.hosts import find_hosts
-from commq.collectives.message import make_messages
-from commq.collectives.plan import RAW, raw_bytes
-from commq.collectives.route import Route, find_route
-from commq.collectives.schedule import Exchange
+from commq.attach.bucket import Coded
+from commq.attach.flight import Flight
+from commq.attach.layouts import Known, Layouts
+from commq.collectives.plan import raw_bytes
 from commq.collectives.transport import C10d, Transport, check_equal
 from commq.feedback.residual import Residual
 from commq.policy.phase import Progress
@@ -40,9 +38,9 @@ from commq.stats import Stats
 class HookState:
     """State of `comm_hook` on one rank: recipe, residuals, layout of every bucket, counters.
 
-    recipe: a Recipe or its name. module: the DDP module, which names the parameters in checkpoints; without
-    it they are numbered in the order in which buckets first show them. group: DDP's process group. transport: what
-    moves the bytes, in place of a group.
+    recipe: a Recipe or its name. module: the DDP module, which names the parameters in checkpoints; or `named`, names
+    and parameters in its place; without either they are numbered in the order in which buckets first show them.
+    group: DDP's process group. transport: what moves bytes in place of torch.distributed (all ranks' must agree).
     """
 
     def __init__(
@@ -51,33 +49,32 @@ class HookState:
         module: DistributedDataParallel | None = None,
         *,
         group: dist.ProcessGroup | None = None,
-        transport: Transport | None = None,
         grad_scaler: torch.amp.GradScaler | None = None,
         backend: str = "auto",
+        transport: Transport | None = None,
+        named: Iterable[tuple[str, Tensor]] = (),
     ) -> None:
-        if transport is None:
-            transport = C10d(group if group is not None or module is None else module.process_group)
-        self.transport = transport
-        self.recipe = _resolve(recipe, transport)
+        if module is not None and group is None:
+            group = module.process_group
+        self.transport: Transport = C10d(group) if transport is None else transport
+        self.recipe = _resolve(recipe, self.transport)
         self.grad_scaler = grad_scaler
-        self.backend = backend
         self.residual = Residual(self.recipe.feedback, self.recipe.format.block)
         self.answer_residual = AnswerResidual(self.transport) if self.recipe.answer_feedback.rule != "none" else None
         self.progress = Progress(self.recipe.phases)
         self.step = 0
         self._raw_bytes = self._sent_bytes = 0
-        self._clock = _Clock()
-        self._members: dict[int, tuple[str, int]] = {}
-        self._next_unit = 0
+        self._layouts = Layouts(self.recipe, self.transport, self.residual, self.answer_residual, backend)
+        self._flight = Flight()
+        self._bucket = -1
+        """The last bucket of the step that has begun; -1: none has."""
+        self._module = weakref.ref(module) if module is not None else None
+        """DDP's reducer, which the module owns, holds this state."""
         self._numels: dict[str, int] = {}
-        self._live: dict[str, Tensor] = {}
-        self._buckets: dict[tuple[int, int], tuple[tuple[int, ...], Bucket, Route]] = {}
-        self._two_levels: bool | None = None
-        self._side: torch.cuda.Stream | None = None
-        if module is not None:
-            for name, parameter in module.module.named_parameters():
-                self._member(parameter, name)
-                self._numels[name] = parameter.numel()
+        for name, parameter in named if module is None else module.module.named_parameters():
+            self._layouts.member(parameter, name)
+            self._numels[name] = parameter.numel()
+        if self._numels:
             check_rules(self.recipe.rules, self._numels)
 
     def restart(self, live: Mapping[str, Tensor]) -> None:
@@ -87,19 +84,19 @@ class HookState:
         format is not raw. The others, which have to be zero on all ranks, stay as they are in the bucket and count in
         no block's scale: codes without a zero, such as sign, would move them. The same on all ranks.
         """
-        self._live = dict(live)
         self._numels |= {name: index.numel() for name, index in live.items()}
-        self._buckets.clear()
         self.residual = Residual(self.recipe.feedback, self.recipe.format.block)
         if self.answer_residual is not None:
             self.answer_residual = AnswerResidual(self.transport)
+        self._layouts.restart(self.residual, self.answer_residual, live)
 
     def residuals(self, grads: GradBucket) -> list[Tensor]:
         """The tensors of feedback, of both hops, that exchanging this bucket will change."""
         if self.transport.world_size == 1:
             return []
-        bucket, _ = self._bucket(grads)
-        return [tensor for group in bucket.groups if isinstance(group, Coded) for tensor in group.residuals()]
+        with self._flight.on(grads.buffer().device, "residuals"):
+            groups = self._find(grads).bucket.groups
+        return [tensor for group in groups if isinstance(group, Coded) for tensor in group.residuals()]
 
     def set_loss_scale(self, loss_scale: float) -> None:
         """Tell the residuals that the loss, and so the gradients, are multiplied by `loss_scale` from now on."""
@@ -119,7 +116,7 @@ class HookState:
             raw_bytes=self._raw_bytes,
             sent_bytes=self._sent_bytes,
             received_bytes=self._sent_bytes,
-            seconds=self._clock.seconds(),
+            seconds=self._flight.clock.seconds(),
             residual_norm=self.residual.norm(),
         )
 
@@ -153,133 +150,93 @@ class HookState:
         self.step, self._raw_bytes, self._sent_bytes = state["step"], state["raw_bytes"], state["sent_bytes"]
 
     def exchange(self, grads: GradBucket) -> Tensor:
-        """Average a bucket over the ranks, in place."""
-        buffer = grads.buffer()
-        if self.transport.world_size > 1:
-            if grads.index() == 0:
-                self._begin_step()
-            sent_before = self.transport.memory.sent_bytes
-            with self._clock.running(buffer.device):
-                bucket, route = self._bucket(grads)
-                self._run(bucket, route, buffer)
-            self._raw_bytes += raw_bytes(buffer.numel(), self.transport.world_size)
-            self._sent_bytes += self.transport.memory.sent_bytes - sent_before
-        if grads.is_last():
-            self.step += 1
-            if self.answer_residual is not None:
-                self.answer_residual.settle()
-        return buffer
+        """Average a bucket over the ranks, in place, and wait for it. On CUDA the current stream does."""
+        future = self.start(grads)
+        if not future.done():
+            with self._flight.on(grads.buffer().device, "land"):
+                self._land()
+        return future.wait()
 
-    def _begin_step(self) -> None:
+    def start(self, grads: GradBucket) -> Future[Tensor]:
+        """Start to average a bucket over the ranks, in place; the last bucket of a step waits for all.
+
+        Buckets come in rising order. If one does not, the step before was broken off, by an error in backward: what
+        is left of it is forgotten.
+        """
+        buffer = grads.buffer()
+        future: Future[Tensor] = Future(devices=[buffer.device]) if buffer.is_cuda else Future()
+        try:
+            with self._flight.on(buffer.device, f"bucket {grads.index()}"):
+                if grads.index() <= self._bucket:
+                    self._end_step()
+                if self._bucket < 0:
+                    self._begin_step(buffer.device)
+                self._bucket = grads.index()
+                if self.transport.world_size > 1:
+                    self._add(grads, buffer, future)
+                else:
+                    future.set_result(buffer)
+                if grads.is_last():
+                    self._land()
+                    self._end_step()
+        except BaseException:
+            self._flight.abandon()
+            raise
+        return future
+
+    def _add(self, grads: GradBucket, buffer: Tensor, future: Future[Tensor]) -> None:
+        known = self._find(grads)
+        sent_before = self.transport.memory.sent_bytes
+        laid = self._layouts.lay(known, buffer)
+        self._flight.add(laid, known.route, self.step, functools.partial(future.set_result, buffer))
+        self._raw_bytes += raw_bytes(buffer.numel(), self.transport.world_size)
+        self._sent_bytes += self.transport.memory.sent_bytes - sent_before
+
+    def _find(self, grads: GradBucket) -> Known:
+        known = self._layouts.find(grads, self.progress.index)
+        if known is None:
+            self._land()
+            known = self._layouts.make(grads, self.progress.index)
+        return known
+
+    def _land(self) -> None:
+        sent_before = self.transport.memory.sent_bytes
+        self._flight.land()
+        self._sent_bytes += self.transport.memory.sent_bytes - sent_before
+
+    def _begin_step(self, device: torch.device) -> None:
         self.progress.at(self.step)
         if self.grad_scaler is not None and self.grad_scaler.is_enabled():
             self.set_loss_scale(self.grad_scaler.get_scale())
         if self.recipe.feedback.resets(self.step):
             self.residual.zero_()
+        module = self._module() if self._module is not None else None
+        _check_join(module)
+        if (module is None or getattr(module, "skip_all_reduce_unused_params", False)) and _in_backward():
+            # DDP may leave out the last bucket; this runs before it waits for the others.
+            Variable._execution_engine.queue_callback(functools.partial(self._end_backward, self.step, device))
 
-    def _run(self, bucket: Bucket, route: Route, buffer: Tensor) -> None:
-        if not bucket.groups:
-            return
-        recipe = self.recipe
-        tensors = bucket.gather(buffer)
-        operands = [
-            group.operand(x_N, self._coding(), recipe.feedback.weight)
-            for group, x_N in zip(bucket.groups, tensors, strict=True)
-        ]
-        messages = make_messages(route.plans, operands, self.transport, average=True, backend=self.backend)
-        Exchange(map(route.build, messages)).finish()
-        bucket.scatter(buffer, tensors)
+    def _end_backward(self, step: int, device: torch.device) -> None:
+        if self._bucket >= 0 and self.step == step:
+            with self._flight.on(device, "land"):
+                self._land()
+                if self._module is not None:  # else it may be a part of backward, checkpointed
+                    self._end_step()
 
-    def _coding(self) -> Coding:
-        recipe = self.recipe
-        return Coding(rounding=recipe.rounding, rotation=recipe.rotation, seed=recipe.seed, step=self.step)
-
-    def _bucket(self, grads: GradBucket) -> tuple[Bucket, Route]:
-        """Layout and route of a bucket, made when it, or the phase, is new."""
-        parameters = grads.parameters()
-        key, place = tuple(id(p) for p in parameters), (grads.index(), self.progress.index)
-        known = self._buckets.get(place)
-        if known is not None and known[0] == key:
-            return known[1:]
-        if known is not None:  # DDP has rebuilt its buckets, all of them
-            self._buckets.clear()
-            if self.answer_residual is not None:
-                self.answer_residual.collect()
-        buffer = grads.buffer()
-        self._check(parameters, buffer)
-        members, offset = [], 0
-        for p in parameters:
-            name, first_unit = self._member(p)
-            fmt, answer = self.recipe.formats_of(name, tuple(p.shape), p.numel(), self.progress.index)
-            live = self._live.get(name) if fmt.kind != "raw" else None
-            numel = p.numel() if live is None else live.numel()
-            members.append(Member(name, offset, numel, fmt, answer, first_unit, live))
-            offset += p.numel()
-        if self._two_levels is None:
-            wants = self.recipe.schedule in ("two_hop", "auto")
-            self._two_levels = wants and find_hosts(self.transport).has_two_levels
-        bucket = make_bucket(
-            members,
-            self.recipe,
-            self.residual,
-            world_size=self.transport.world_size,
-            buffer=buffer,
-            two_levels=self._two_levels,
-        )
-        route = find_route(
-            self.recipe.schedule,
-            bucket.sources,
-            self._coding(),
-            self.transport,
-            device=buffer.device,
-            backend=self.backend,
-        )
-        if self.answer_residual is not None:
-            bucket = bind_answers(bucket, route.plans, self.answer_residual, self.recipe.unit, buffer.device)
-        self._buckets[place] = key, bucket, route
-        return bucket, route
-
-    def _check(self, parameters: list[Tensor], buffer: Tensor) -> None:
-        if buffer.layout != torch.strided or any(p.is_complex() for p in parameters):
-            raise TypeError(
-                f"rank {self.transport.rank}: a bucket holds sparse or complex gradients, expected dense real ones; "
-                "use Embedding(sparse=False) and real parameters, or keep those parameters out of this DDP module"
-            )
-        if buffer.dtype not in RAW:
-            raise TypeError(
-                f"rank {self.transport.rank}: gradients are {buffer.dtype}, expected float32, bfloat16 or float16"
-            )
-
-    def _member(self, parameter: Tensor, name: str | None = None) -> tuple[str, int]:
-        """Name and first unit of a parameter; new ones are numbered on."""
-        if id(parameter) not in self._members:
-            self._members[id(parameter)] = name or f"parameter.{len(self._members)}", self._next_unit
-            self._next_unit += -(-parameter.numel() // self.recipe.unit)
-        return self._members[id(parameter)]
-
-    def side_stream(self, device: torch.device) -> torch.cuda.Stream:
-        """The stream that exchanges run on, so that they overlap with backward."""
-        if self._side is None:
-            self._side = torch.cuda.Stream(device)
-        return self._side
+    def _end_step(self) -> None:
+        self._flight.abandon()  # nothing is left, but of a step that was broken off
+        self._bucket = -1
+        self.step += 1
+        self._layouts.settle()
 
 
 def comm_hook(state: HookState, bucket: GradBucket) -> Future[Tensor]:
     """DDP communication hook: the averaged bucket, exchanged by the state's recipe.
 
-    On CUDA the exchange is queued on a side stream and the host goes on; on the CPU it is done on return.
+    It starts the bucket, lets those before it go on, and returns; the hook of the last bucket waits for all (on CUDA a
+    side stream does). So buckets travel while backward computes the next.
     """
-    buffer = bucket.buffer()
-    if not buffer.is_cuda:
-        done: Future[Tensor] = Future()
-        done.set_result(state.exchange(bucket))
-        return done
-    side = state.side_stream(buffer.device)
-    side.wait_stream(torch.cuda.current_stream(buffer.device))
-    future: Future[Tensor] = Future(devices=[buffer.device])
-    with torch.cuda.stream(side):
-        future.set_result(state.exchange(bucket))  # DDP's wait orders its stream after the side stream
-    return future
+    return state.start(bucket)
 
 
 def register(
@@ -321,33 +278,14 @@ def _resolve(recipe: object, transport: Transport) -> Recipe:
     return resolved
 
 
-class _Clock:
-    """Seconds spent in exchanges: host time on the CPU, event time on the stream on CUDA."""
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
 
-    def __init__(self) -> None:
-        self._seconds = 0.0
-        self._pairs: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
-    @contextmanager
-    def running(self, device: torch.device) -> Iterator[None]:
-        if device.type != "cuda":
-            start = time.perf_counter()
-            yield
-            self._seconds += time.perf_counter() - start
-            return
-        self._collect(wait=False)
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        yield
-        end.record()
-        self._pairs.append((begin, end))
-
-    def _collect(self, *, wait: bool) -> None:
-        while self._pairs and (wait or self._pairs[0][1].query()):
-            begin, end = self._pairs.pop(0)
-            end.synchronize()
-            self._seconds += begin.elapsed_time(end) / 1e3
-
-    def seconds(self) -> float:
-        self._collect(wait=True)
-        return self._seconds
+def _check_join(module: DistributedDataParallel | None) -> None:
+    """All ranks are in `join` together, so all raise."""
+    if module is not None and module._join_config.enable and not module._divide_by_initial_world_size:
+        raise ValueError(
+            "join(divide_by_initial_world_size=False): PyTorch does not tell hooks how many ranks have inputs left, "
+            "so the average is over all ranks; use join(divide_by_initial_world_size=True)"
+        )

@@ -4,6 +4,8 @@
     int8/4/2        step / 2, step = a / max_code                           (stochastic: step)
     fp8, mxfp8      max(|x| 2**-(m + 1), half the smallest code)            (stochastic: twice that), m mantissa bits
     mxfp4, nvfp4    the same with m = 1
+    dynamic8, tables  half the widest gap of levels beside x, times a       (stochastic: that gap)
+    eden, lloyd     |x| + a / smallest level, where the largest is 1        (their squared error is what is small)
     sign            max(|x|, mean |x| of the block)                         (stochastic: |x| + a)
     bf16, fp16      |x| 2**-8, |x| 2**-11 while x is in the format's range  (stochastic bf16: |x| 2**-7)
 
@@ -36,6 +38,8 @@ def error_bound(x_N: Tensor, fmt: Format, *, rounding: str = "nearest") -> Tenso
     amax_G = padded.amax(dim=-1)
     if fmt.kind == "sign":
         return _sign_bound(x, amax_G, fmt, rounding)
+    if fmt.kind == "levels":
+        return _levels_bound(x_N, amax_G, fmt, steps)
     s = _largest_scale(amax_G, fmt).repeat_interleave(fmt.block)[: x.numel()]
     slack = 2.0**-21
     if fmt.kind == "integer":
@@ -56,6 +60,19 @@ def _largest_scale(amax_G: Tensor, fmt: Format) -> Tensor:
         top_G = amax_G.view(-1, fmt.group // fmt.block).amax(dim=-1).repeat_interleave(fmt.group // fmt.block)
         return torch.maximum(amax_G * (1 + 2.0**-3), amax_G + top_G * 2.0**-9 / 448) * (1 + 2.0**-20)
     return amax_G
+
+
+def _levels_bound(x_N: Tensor, amax_G: Tensor, fmt: Format, steps: float) -> Tensor:
+    x = x_N.to(torch.float64)
+    if fmt.fit != "largest":
+        top = amax_G / min(abs(level) for level in fmt.levels) * (1 + 2.0**-7) + 2.0**-133
+        return x.abs() + top.repeat_interleave(fmt.block)[: x.numel()]
+    s = _largest_scale(amax_G, fmt).repeat_interleave(fmt.block)[: x.numel()]
+    levels = torch.tensor(fmt.levels, dtype=torch.float64)
+    gaps = torch.nn.functional.pad(levels.diff(), (2, 2), value=0.0)
+    gap = gaps.unfold(0, 3, 1).amax(dim=1)  # beside a level, and one farther: the scale may be rounded up
+    index = torch.searchsorted(levels, x / torch.where(s > 0, s, 1.0)).clamp(max=len(levels))
+    return s * (steps * gap[index] + 2.0**-21) + _TINY
 
 
 def _sign_bound(x: Tensor, amax_G: Tensor, fmt: Format, rounding: str) -> Tensor:

@@ -2,7 +2,8 @@
 
 Same signatures, same bytes. Each function turns its Layout and Coding into the plain numbers that the op takes and
 calls it; nothing is allocated besides the result, nothing waits for the device, and work goes to the current stream.
-The ops `torch.ops.commq.*` have fake implementations, so they go through torch.compile and CUDA graph capture.
+The ops `torch.ops.commq.*` have fake implementations, so they go through torch.compile and CUDA graph capture. Their
+overloads are held here: looking one up by name costs the host as much as some of its arguments.
 """
 
 from __future__ import annotations
@@ -13,14 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from commq.codecs.formats import FORMATS, SCALE_BYTES
+from commq.codecs.formats import FITS, FORMATS, SCALE_BYTES, Format
 from commq.codecs.reference import Blocks, Coding
-from commq.codecs.rotation import Rotation
 from commq.codecs.wire import Layout
 
 LIBRARY = Path(__file__).resolve().parent.parent / "_native.so"
 
 _FORMAT_IDS = {name: number for number, name in enumerate(FORMATS)}
+_LEVELS_IDS = {bits: len(FORMATS) + bits - 1 for bits in (1, 2, 3, 4)}
 _SCALE_IDS = {name: number for number, name in enumerate(SCALE_BYTES)}
 
 
@@ -41,8 +42,8 @@ def _load() -> str:
 _MISSING = _load()
 
 
-def missing(device: torch.device) -> str:
-    """Why tensors on `device` cannot be coded natively; "" if they can."""
+def missing(device: torch.device, *formats: Format) -> str:
+    """Why tensors on `device` cannot be coded natively in all these formats; "" if they can."""
     if _MISSING:
         return _MISSING
     key = {"cpu": "CPU", "cuda": "CUDA"}.get(device.type)
@@ -50,12 +51,15 @@ def missing(device: torch.device) -> str:
         return f"the native library has no code for {device.type} tensors"
     if not torch._C._dispatch_has_kernel_for_dispatch_key("commq::encode_bucket", key):
         return f"{LIBRARY} was built without {key} code: nvcc was not found; set CUDA_HOME and install again"
+    for fmt in formats:
+        if fmt.kind == "levels" and fmt.bits not in _LEVELS_IDS:
+            return f"the native library has tables of at most 16 levels, not the {len(fmt.levels)} of {fmt.name}"
     return ""
 
 
-def available(device: torch.device) -> bool:
-    """Whether tensors on `device` can be coded natively."""
-    return not missing(device)
+def available(device: torch.device, *formats: Format) -> bool:
+    """Whether tensors on `device` can be coded natively in all these formats."""
+    return not missing(device, *formats)
 
 
 def _numbers(layout: Layout) -> list[int]:
@@ -64,7 +68,7 @@ def _numbers(layout: Layout) -> list[int]:
     if numbers is None:
         fmt = layout.format
         numbers = [
-            _FORMAT_IDS[fmt.name],
+            _LEVELS_IDS[fmt.bits] if fmt.kind == "levels" else _FORMAT_IDS[fmt.name],
             _SCALE_IDS[fmt.scale],
             fmt.block,
             fmt.group,
@@ -75,15 +79,24 @@ def _numbers(layout: Layout) -> list[int]:
             layout.groups_offset,
             layout.chunk_bytes,
         ]
+        if fmt.kind == "levels":
+            floats = [1 / fmt.spread**2 if fmt.spread else 0.0, *fmt.levels]
+            numbers += [FITS.index(fmt.fit), *torch.tensor(floats, dtype=torch.float32).view(torch.int32).tolist()]
         layout.__dict__["_native_numbers"] = numbers
     return numbers
 
 
-def _rotation(coding: Coding, device: torch.device) -> tuple[int, Tensor | None]:
-    rotation: Rotation | None = coding.rotation
-    if rotation is None:
-        return 0, None
-    return rotation.size, rotation.sign_pattern(seed=coding.seed, step=coding.step, device=device)
+def _signs(coding: Coding, device: torch.device) -> Tensor | None:
+    rotation = coding.rotation
+    if rotation is None or not rotation.signs:
+        return None
+    return rotation.sign_pattern(seed=coding.seed, step=coding.step, device=device)
+
+
+def _drawing(coding: Coding) -> list[int]:
+    """The coding as the ops take it (random_of in cuda/ops.cpp)."""
+    size = 0 if coding.rotation is None else coding.rotation.size
+    return [size, coding.rounding == "stochastic", coding.seed, coding.stream, coding.step]
 
 
 def encode_bucket(
@@ -99,21 +112,16 @@ def encode_bucket(
     blocks: Blocks | None = None,
 ) -> None:
     """See `reference.encode_bucket`."""
-    rotation, signs = _rotation(coding, x_N.device)
-    torch.ops.commq.encode_bucket(
+    _OPS["encode_bucket"](
         x_N,
         wire_WS,
         _numbers(layout),
+        _drawing(coding),
         prescale,
         residual_N,
         residual_scales_G,
         decay,
-        rotation,
-        signs,
-        coding.rounding == "stochastic",
-        coding.seed,
-        coding.stream,
-        coding.step,
+        _signs(coding, x_N.device),
         None if blocks is None else blocks.ids_G,
         None if blocks is None else blocks.valid_G,
     )
@@ -121,14 +129,14 @@ def encode_bucket(
 
 def decode_bucket(wire_WS: Tensor, layout: Layout, out_N: Tensor, coding: Coding, *, accumulate: bool = False) -> None:
     """See `reference.decode_bucket`."""
-    rotation, signs = _rotation(coding, out_N.device)
-    torch.ops.commq.decode_bucket(wire_WS, _numbers(layout), out_N, rotation, signs, accumulate)
+    rotation = 0 if coding.rotation is None else coding.rotation.size
+    _OPS["decode_bucket"](wire_WS, _numbers(layout), out_N, rotation, _signs(coding, out_N.device), accumulate)
 
 
 def decode_sum(wire_KS: Tensor, layout: Layout, *, divisor: float = 1.0) -> Tensor:
     """See `reference.decode_sum`."""
     out_C = torch.empty(layout.chunk_numel, dtype=torch.float32, device=wire_KS.device)
-    torch.ops.commq.decode_sum(wire_KS, _numbers(layout), divisor, out_C)
+    _OPS["decode_sum"](wire_KS, _numbers(layout), divisor, out_C)
     return out_C
 
 
@@ -145,18 +153,15 @@ def decode_sum_encode(
     blocks: Blocks | None = None,
 ) -> None:
     """See `reference.decode_sum_encode`."""
-    torch.ops.commq.decode_sum_encode(
+    _OPS["decode_sum_encode"](
         wire_KS,
         _numbers(layout),
         answer_S,
         _numbers(answer_layout),
+        _drawing(coding),
         chunk,
         divisor,
         residual_C,
-        coding.rounding == "stochastic",
-        coding.seed,
-        coding.stream,
-        coding.step,
         None if blocks is None else blocks.ids_G,
         None if blocks is None else blocks.valid_G,
     )
@@ -166,6 +171,9 @@ def _writes_only(*_: Any) -> None:
     """The fake implementation of every op: they write into tensors they are given and return nothing."""
 
 
+_OPS: dict[str, torch._ops.OpOverload] = {}
+
 if not _MISSING:
     for _name in ("encode_bucket", "decode_bucket", "decode_sum", "decode_sum_encode"):
         torch.library.register_fake(f"commq::{_name}", _writes_only)
+        _OPS[_name] = getattr(torch.ops.commq, _name).default

@@ -24,20 +24,24 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @cache
-def implementation(backend: str, device: torch.device) -> ModuleType:
-    """The module that implements the codec families of `reference.py` for tensors on `device`.
+def implementation(backend: str, device: torch.device, *formats: Format) -> ModuleType:
+    """The module that implements the codec families of `reference.py` for these formats of tensors on `device`.
 
-    auto: the native library if it was built for the device, else Triton on a GPU, else the reference. All of them
-    give the same bytes. One asked for by name that is not there is a RuntimeError with the reason, never a fallback.
+    auto: the native library if it was built for the device, else Triton on a GPU, else the reference; a format that
+    the first two do not have (tables of more than 16 levels) goes to the reference. All of them give the same bytes.
+    One asked for by name that is not there is a RuntimeError with the reason, never a fallback.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r} is unknown; expected one of {', '.join(BACKENDS)}")
-    if backend == "native" or (backend == "auto" and native.available(device)):
-        if reason := native.missing(device):
+    if backend == "native" or (backend == "auto" and native.available(device, *formats)):
+        if reason := native.missing(device, *formats):
             raise RuntimeError(f"backend='native': {reason}")
         return native
     has_triton = importlib.util.find_spec("triton") is not None
-    if backend == "triton" or (backend == "auto" and device.type == "cuda" and has_triton):
+    large = [fmt.name for fmt in formats if fmt.kind == "levels" and fmt.bits == 8]
+    if backend == "triton" or (backend == "auto" and device.type == "cuda" and has_triton and not large):
+        if large:
+            raise RuntimeError(f"backend='triton': it has tables of at most 16 levels, not those of {large[0]}")
         if not has_triton:
             raise RuntimeError("backend='triton': triton is not installed; pip install triton")
         if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
@@ -67,6 +71,12 @@ def check_coding(fmt: Format, coding: Coding) -> None:
     """Refuse what cannot be combined, with the reason."""
     if coding.rounding not in ("nearest", "stochastic"):
         raise ValueError(f"rounding={coding.rounding!r}: expected 'nearest' or 'stochastic'")
+    if fmt.fit != "largest" and (coding.rounding == "stochastic" or coding.rotation is None):
+        raise ValueError(
+            f"format {fmt.name!r} with rounding={coding.rounding!r} and rotation={coding.rotation}: its levels "
+            "suit the normal distribution that a rotation makes, and its scale suits the nearest of them; expected "
+            "rounding='nearest' and a rotation, such as Rotation(size=1024, signs=True)"
+        )
     if coding.rounding == "stochastic" and not fmt.unbiased:
         raise ValueError(
             f"rounding='stochastic' with format {fmt.name!r}: expected a format that rounds in float32, "
@@ -107,7 +117,7 @@ def encode(
     layout = Layout(fmt, x.numel(), align=rotation.size if rotation else 1)
     wire = torch.empty(layout.nbytes, dtype=torch.uint8, device=x.device)
     flat = x.detach().contiguous().view(-1)
-    implementation(backend, x.device).encode_bucket(flat, wire.view(1, -1), layout, coding)
+    implementation(backend, x.device, fmt).encode_bucket(flat, wire.view(1, -1), layout, coding)
     return Encoded(wire, layout, coding, x.shape)
 
 
@@ -125,5 +135,5 @@ def decode(encoded: Encoded, dtype: torch.dtype = torch.float32, *, backend: str
             f"{layout.numel} elements of {layout.format}"
         )
     out = torch.empty(layout.numel, dtype=dtype, device=wire.device)
-    implementation(backend, wire.device).decode_bucket(wire.view(1, -1), layout, out, encoded.coding)
+    implementation(backend, wire.device, layout.format).decode_bucket(wire.view(1, -1), layout, out, encoded.coding)
     return out.view(encoded.shape)

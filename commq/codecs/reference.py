@@ -190,6 +190,13 @@ def encode_rows(x_KC: Tensor, wire_KS: Tensor, layout: Layout, coding: Coding, b
         layout.codes(wire_KS).copy_(raw)
         return
     h_GB = x_KC.reshape(-1, fmt.block)
+    if fmt.fit != "largest":
+        y_GB, t_GB, energy_G, marked_G = scales.normalise(h_GB, fmt)
+        codes_GB = rounding.level_codes(t_GB, fmt, None)
+        level_GB = rounding.code_values(codes_GB, fmt)
+        scales_GS = scales.fitted_scales(h_GB, y_GB, energy_G, marked_G, level_GB, fmt)
+        _write_rows(wire_KS, layout, codes_GB, scales_GS, None)
+        return
     scales_GS, groups_Q4, marked_G = scales.encode_scales(
         h_GB, blocks.valid_G, fmt, mean=fmt.kind == "sign" and nearest
     )
@@ -199,14 +206,20 @@ def encode_rows(x_KC: Tensor, wire_KS: Tensor, layout: Layout, coding: Coding, b
         codes_GB = rounding.integer_codes(t_GB, fmt, random_GB)
     elif fmt.kind == "sign":
         codes_GB = rounding.sign_codes(h_GB.masked_fill(marked_G[:, None], 0.0) if nearest else t_GB, random_GB)
+    elif fmt.kind == "levels":
+        codes_GB = rounding.level_codes(t_GB, fmt, random_GB)
     else:
         top = rounding.top_code(fmt)
         codes_GB = rounding.float_codes(t_GB, fmt.exponent, fmt.mantissa, top, random_GB)
-    rows = x_KC.shape[0]
+    _write_rows(wire_KS, layout, codes_GB, scales_GS, groups_Q4 if fmt.group else None)
+
+
+def _write_rows(wire_KS: Tensor, layout: Layout, codes_GB: Tensor, scales_GS: Tensor, groups_Q4: Tensor | None) -> None:
+    rows = wire_KS.shape[0]
     wire_KS[:, : layout.chunk_bytes].zero_()  # the padding between sections
-    layout.codes(wire_KS).copy_(pack(codes_GB.view(rows, -1), fmt.bits))
+    layout.codes(wire_KS).copy_(pack(codes_GB.view(rows, -1), layout.format.bits))
     layout.scales(wire_KS).copy_(scales_GS.view(rows, -1))
-    if fmt.group:
+    if groups_Q4 is not None:
         layout.groups(wire_KS).copy_(groups_Q4.view(rows, -1))
 
 

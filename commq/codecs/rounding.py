@@ -35,6 +35,26 @@ def sign_codes(t: Tensor, random: Tensor | None) -> Tensor:
     return torch.floor((t * 0.5 + 0.5) + offset(random)).clamp(0, 1).to(torch.int32)
 
 
+def level_codes(t: Tensor, fmt: Format, random: Tensor | None) -> Tensor:
+    """int32 codes: the nearest level of the table (a tie goes to the one above), or one of the two around t.
+
+    Stochastic: from the level at or below t, up by floor((t - below) / (above - below) + (r + 1/2) * 2**-16).
+    """
+    levels = level_table(fmt, t.device)
+    if random is None:
+        edges = (levels[:-1] + levels[1:]) * 0.5
+        return torch.searchsorted(edges, t.contiguous(), right=True).to(torch.int32)
+    below = torch.searchsorted(levels[1:].contiguous(), t.contiguous(), right=True)
+    gap = levels[(below + 1).clamp(max=len(levels) - 1)] - levels[below]
+    up = torch.where(gap > 0, (t - levels[below]) / torch.where(gap > 0, gap, 1.0), 0.0)
+    return (below + torch.floor(up + offset(random))).clamp(0, len(levels) - 1).to(torch.int32)
+
+
+def level_table(fmt: Format, device: torch.device) -> Tensor:
+    """float32 levels; rounding to float32 happens here."""
+    return torch.tensor(fmt.levels, dtype=torch.float32, device=device)
+
+
 def float_codes(t: Tensor, exponent: int, mantissa: int, top: int, random: Tensor | None) -> Tensor:
     """int32 bit patterns of a small float, saturating at the pattern `top` (which may be infinity's).
 
@@ -60,6 +80,9 @@ def code_values(codes: Tensor, fmt: Format) -> Tensor:
     """float32 values of unpacked uint8 codes. Patterns that no encoder writes give what their bits say."""
     if fmt.kind == "sign":
         return codes.to(torch.float32) * 2.0 - 1.0
+    if fmt.kind == "levels":
+        levels = level_table(fmt, codes.device)
+        return levels[codes.to(torch.int64).clamp(max=len(levels) - 1)]
     if fmt.kind == "integer":
         shift = 8 - fmt.bits
         return ((codes << shift).view(torch.int8) >> shift).to(torch.float32)

@@ -122,6 +122,45 @@ def encode_scales(h_GB: Tensor, valid_G: Tensor, fmt: Format, *, mean: bool) -> 
     return scales, groups_Q4, marked_G
 
 
+def normalise(h_GB: Tensor, fmt: Format) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """For formats whose scale follows the codes: y (G, B), t (G, B), sum y**2 (G,) and the marks (G,).
+
+    y = h * 2**-k of the block's largest magnitude 2**k (k in [-126, 126]), so that no square over- or underflows, 0 in
+    marked blocks; t = y * sqrt((B / spread**2) / sum y**2). All B elements count: what stands in the padding was
+    rotated there.
+    """
+    bits_G = magnitude_bits(h_GB).amax(dim=-1)
+    marked_G = bits_G >= _INF
+    y_GB = h_GB.masked_fill(marked_G[:, None], 0.0) * as_float((254 - _exponent(bits_G, marked_G)) << 23)[:, None]
+    energy_G = tree_sum(y_GB * y_GB)
+    numerator = fmt.block * torch.tensor(1 / fmt.spread**2, dtype=torch.float32).item()
+    factor_G = torch.where(energy_G > 0, quotient(numerator, energy_G), 0.0).sqrt()
+    return y_GB, y_GB * factor_G[:, None], energy_G, marked_G
+
+
+def fitted_scales(
+    h_GB: Tensor, y_GB: Tensor, energy_G: Tensor, marked_G: Tensor, level_GB: Tensor, fmt: Format
+) -> Tensor:
+    """Scale bytes (G, n) of blocks whose codes stand for `level_GB`: see Format.fit. Nearest fp32 or bf16."""
+    product_G = tree_sum(y_GB * level_GB)
+    if fmt.fit == "unbiased":
+        over_G, under_G = energy_G, product_G
+    else:
+        over_G, under_G = product_G, tree_sum(level_GB * level_GB)
+    ratio_G = torch.where(over_G > 0, over_G / torch.where(over_G > 0, under_G, 1.0), 0.0)
+    exponent_G = _exponent(magnitude_bits(h_GB).amax(dim=-1), marked_G)
+    s_G = (ratio_G * as_float(exponent_G << 23)).clamp(max=torch.finfo(torch.float32).max)
+    bits_G = magnitude_bits(s_G)
+    if fmt.scale == "fp32":
+        return _bytes(bits_G.masked_fill(marked_G, 0x7FC00000), torch.int32)
+    return _bytes(_bf16_nearest(bits_G).masked_fill(marked_G, 0x7FC0), torch.int16)
+
+
+def _exponent(bits_G: Tensor, marked_G: Tensor) -> Tensor:
+    """Biased exponent of a magnitude, within [1, 253]: both 2**k and 2**-k are normal numbers."""
+    return (bits_G.masked_fill(marked_G, 0) >> 23).clamp(1, 253)
+
+
 def aligned(x: Tensor) -> Tensor:
     """A copy at an address that any dtype can be viewed at: rows of the wire may start anywhere."""
     return x.clone(memory_format=torch.contiguous_format)

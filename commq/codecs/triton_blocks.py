@@ -7,11 +7,12 @@ Everything stays in registers. FMT is a `TileFormat`, known when a kernel is com
 from dataclasses import dataclass
 from functools import lru_cache
 
+import torch
 import triton
 import triton.language as tl
 
 from commq.codecs.formats import SCALE_BYTES, Format
-from commq.codecs.rounding import top_code
+from commq.codecs.rounding import level_table, top_code
 from commq.codecs.triton_bits import (
     bits_float,
     block_offsets,
@@ -21,6 +22,7 @@ from commq.codecs.triton_bits import (
     round_even,
     tree_sum,
 )
+from commq.codecs.triton_levels import encode_fitted, level_codes, level_values
 
 
 @dataclass(frozen=True)
@@ -45,10 +47,19 @@ class TileFormat:
     scale_bytes: int
     per_group: int
     """Blocks of a group, or 0."""
+    fit: str
+    count: int
+    """Levels of the table, or 0; `levels` and the `edges` halfway between them are rounded to float32."""
+    levels: tuple[float, ...]
+    edges: tuple[float, ...]
+    spread: float
+    """block / spread**2 of the format, or 0."""
 
 
 @lru_cache(maxsize=256)
 def tile_format(fmt: Format) -> TileFormat:
+    levels = level_table(fmt, torch.device("cpu"))
+    spread = fmt.block * torch.tensor(1 / fmt.spread**2, dtype=torch.float32).item() if fmt.spread else 0.0
     top_bits = (int(fmt.max_code).bit_length() - 1) if fmt.kind != "raw" else 0
     return TileFormat(
         name=fmt.name,
@@ -65,6 +76,11 @@ def tile_format(fmt: Format) -> TileFormat:
         scale=fmt.scale,
         scale_bytes=SCALE_BYTES[fmt.scale],
         per_group=fmt.group // fmt.block,
+        fit=fmt.fit,
+        count=len(levels),
+        levels=tuple(levels.tolist()),
+        edges=tuple(((levels[:-1] + levels[1:]) * 0.5).tolist()),
+        spread=spread,
     )
 
 
@@ -191,7 +207,9 @@ def encode_codes(h_GB, s_G, marked_G, random_GB, FMT: tl.constexpr, STOCHASTIC: 
         t_GB = (h_GB * up_G[:, None]) * inverse_of(s_G, up_G, FMT.max_code)[:, None]
         zero_G = marked_G | (s_G == 0)
     t_GB = tl.where(zero_G[:, None], 0.0, t_GB)
-    if FMT.kind == "sign":
+    if FMT.kind == "levels":
+        return level_codes(t_GB, random_GB, FMT, STOCHASTIC)
+    elif FMT.kind == "sign":
         if STOCHASTIC:
             return tl.minimum(((t_GB * 0.5 + 0.5) + random_GB).to(tl.int32), 1)
         else:
@@ -209,7 +227,9 @@ def encode_codes(h_GB, s_G, marked_G, random_GB, FMT: tl.constexpr, STOCHASTIC: 
 @triton.jit
 def decode_codes(codes_GB, s_G, FMT: tl.constexpr):
     """float32 (G, B) of bit patterns (int32, bits above the code ignored) and scales: (code * inverse) * s."""
-    if FMT.kind == "sign":
+    if FMT.kind == "levels":
+        value_GB = level_values(codes_GB, FMT)
+    elif FMT.kind == "sign":
         value_GB = tl.where(codes_GB & 1 != 0, 1.0, -1.0)
     elif FMT.kind == "integer":
         value_GB = ((codes_GB << (32 - FMT.bits)) >> (32 - FMT.bits)).to(tl.float32)
@@ -224,11 +244,16 @@ def encode_blocks(
     G: tl.constexpr
 ):  # fmt: skip
     """Codes (G, B), scale patterns and group scales (G,), and the decoded scales s (G,) with NaN where marked."""
-    mean: tl.constexpr = FMT.kind == "sign" and not STOCHASTIC
-    scale_G, group_G, marked_G = encode_scales(h_GB, valid_G, FMT, mean, G)
-    s_G = decode_scales(scale_G, group_G, FMT)
-    random_GB = h_GB
-    if STOCHASTIC:
-        random_GB = block_offsets(ids_G, seed, stream, step_low, step_high, G, FMT.block)
-    codes_GB = encode_codes(h_GB, s_G, marked_G, random_GB, FMT, STOCHASTIC)
+    if FMT.fit != "largest":
+        codes_GB, scale_G, marked_G = encode_fitted(h_GB, FMT, G)
+        group_G = tl.full([G], 0.0, tl.float32)
+        s_G = decode_scales(scale_G, group_G, FMT)
+    else:
+        mean: tl.constexpr = FMT.kind == "sign" and not STOCHASTIC
+        scale_G, group_G, marked_G = encode_scales(h_GB, valid_G, FMT, mean, G)
+        s_G = decode_scales(scale_G, group_G, FMT)
+        random_GB = h_GB
+        if STOCHASTIC:
+            random_GB = block_offsets(ids_G, seed, stream, step_low, step_high, G, FMT.block)
+        codes_GB = encode_codes(h_GB, s_G, marked_G, random_GB, FMT, STOCHASTIC)
     return codes_GB, scale_G, group_G, s_G

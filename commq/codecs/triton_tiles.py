@@ -19,6 +19,7 @@ from commq.codecs.triton_bits import (
     unpack,
 )
 from commq.codecs.triton_blocks import decode_codes, decode_scales, encode_blocks
+from commq.codecs.triton_levels import load_threes, store_threes
 
 
 @triton.jit
@@ -36,6 +37,29 @@ def _load_raw(row, first, left, FMT: tl.constexpr, ALIGNED: tl.constexpr, G: tl.
 
 
 @triton.jit
+def load_codes(pointer, present_G, FMT: tl.constexpr, G: tl.constexpr):
+    """int32 codes (G, B) from a uint8 pointer; 0 in blocks that are not present."""
+    if FMT.bits == 3:
+        codes_GB = load_threes(pointer, present_G, G, FMT.block)
+    else:
+        per_block: tl.constexpr = FMT.block * FMT.bits // 8
+        offsets_GP = tl.arange(0, G)[:, None] * per_block + tl.arange(0, per_block)[None, :]
+        packed_GP = tl.load(pointer + offsets_GP, mask=present_G[:, None], other=0)
+        codes_GB = unpack(packed_GP, FMT.bits, G, FMT.block)
+    return codes_GB
+
+
+@triton.jit
+def store_codes(pointer, codes_GB, present_G, FMT: tl.constexpr, G: tl.constexpr):
+    if FMT.bits == 3:
+        store_threes(pointer, codes_GB, present_G, G, FMT.block)
+    else:
+        per_block: tl.constexpr = FMT.block * FMT.bits // 8
+        offsets_GP = tl.arange(0, G)[:, None] * per_block + tl.arange(0, per_block)[None, :]
+        tl.store(pointer + offsets_GP, pack(codes_GB, FMT.bits, G, FMT.block), mask=present_G[:, None])
+
+
+@triton.jit
 def load_blocks(
     row, first, left, scales_offset, groups_offset, FMT: tl.constexpr, ALIGNED: tl.constexpr, G: tl.constexpr
 ):
@@ -46,17 +70,14 @@ def load_blocks(
     if FMT.kind == "raw":
         return _load_raw(row, first, left, FMT, ALIGNED, G)
     else:
-        per_block: tl.constexpr = FMT.block * FMT.bits // 8
-        offsets_GP = tl.arange(0, G)[:, None] * per_block + tl.arange(0, per_block)[None, :]
         present_G = tl.arange(0, G) * FMT.block < left
-        packed_GP = tl.load(row + first * FMT.bits // 8 + offsets_GP, mask=present_G[:, None], other=0)
+        codes_GB = load_codes(row + first * FMT.bits // 8, present_G, FMT, G)
         scales = row + scales_offset + first // FMT.block * FMT.scale_bytes
         scale_G = load_word(scales, tl.arange(0, G), present_G, FMT.scale_bytes, ALIGNED)
         group_G = tl.full([G], 0.0, tl.float32)
         if FMT.per_group:
             groups = row + groups_offset + first // (FMT.block * FMT.per_group) * 4
             group_G = bits_float(load_word(groups, tl.arange(0, G) // FMT.per_group, present_G, 4, ALIGNED))
-        codes_GB = unpack(packed_GP, FMT.bits, G, FMT.block)
         return decode_codes(codes_GB, decode_scales(scale_G, group_G, FMT), FMT)
 
 
@@ -126,10 +147,7 @@ def store_blocks(
             y_GB, ids_G, valid_G, seed, stream, step_low, step_high, FMT, STOCHASTIC, G
         )
         sent_GB = decode_codes(codes_GB, s_G, FMT)
-        per_block: tl.constexpr = FMT.block * FMT.bits // 8
-        offsets_GP = lane_G[:, None] * per_block + tl.arange(0, per_block)[None, :]
-        packed_GP = pack(codes_GB, FMT.bits, G, FMT.block)
-        tl.store(row + first * FMT.bits // 8 + offsets_GP, packed_GP, mask=present_G[:, None])
+        store_codes(row + first * FMT.bits // 8, codes_GB, present_G, FMT, G)
         scales = row + scales_offset + block * FMT.scale_bytes
         store_word(scales, lane_G, scale_G, present_G, FMT.scale_bytes, ALIGNED)
         if FMT.per_group:

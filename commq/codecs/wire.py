@@ -6,8 +6,9 @@ every chunk is one contiguous row, so that an all-to-all sends rows as they are:
     | codes: chunk_numel * bits / 8 | scales: one per block | group scales: fp32, one per group (nvfp4) |
 
 each section padded to 16 bytes (block formats) so that kernels read and write 16 bytes at a time. Codes stand in
-element order; where several share a byte, the first is in the lowest bits. All numbers are little-endian. Integer
-codes are two's complement, sign codes are 1 for x >= 0, float codes are the usual bit patterns (sign first).
+element order; where several share a byte (of 3 bits: eight share three bytes), the first is in the lowest bits. All
+numbers are little-endian. Integer codes are two's complement, sign codes are 1 for x >= 0, float codes are the usual
+bit patterns (sign first), codes of levels are their numbers in the table.
 Raw formats are the plain elements, without padding.
 """
 
@@ -105,6 +106,10 @@ def pack(codes_KC: Tensor, bits: int) -> Tensor:
     """Pack integer codes, taken modulo 2**bits, into uint8 (K, C * bits / 8); the first code in the low bits."""
     if bits == 8:
         return codes_KC.to(torch.uint8)
+    if bits == 3:
+        eights = (codes_KC & 7).to(torch.int32).unflatten(-1, (-1, 8))
+        word = (eights << torch.arange(0, 24, 3, device=eights.device)).sum(dim=-1)
+        return torch.stack((word & 255, word >> 8 & 255, word >> 16), dim=-1).flatten(-2).to(torch.uint8)
     per_byte = 8 // bits
     codes = (codes_KC & ((1 << bits) - 1)).to(torch.uint8).unflatten(-1, (-1, per_byte))
     packed = codes[..., 0].clone()
@@ -117,5 +122,9 @@ def unpack(packed_KP: Tensor, bits: int) -> Tensor:
     """The codes of `pack`, as uint8 in [0, 2**bits): (K, P * 8 / bits)."""
     if bits == 8:
         return packed_KP
+    if bits == 3:
+        threes = packed_KP.to(torch.int32).unflatten(-1, (-1, 3))
+        word = threes[..., 0] | threes[..., 1] << 8 | threes[..., 2] << 16
+        return ((word[..., None] >> torch.arange(0, 24, 3, device=word.device)) & 7).flatten(-2).to(torch.uint8)
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed_KP.device)
     return ((packed_KP[..., None] >> shifts) & ((1 << bits) - 1)).flatten(-2)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -61,26 +63,38 @@ def all_reduce(
     Returns a Work if async_op, else None. Raises TypeError, ValueError before anything is sent.
     """
     tensors = [tensor] if isinstance(tensor, Tensor) else list(tensor)
-    fmt, second, coding = resolve(format, answer, rounding, rotation, seed, step)
-    within = _inside(inside, fmt, schedule, coding)
-    check_schedule(schedule, fmt, residual=residual is not None, answer_residual=answer_residual is not None)
+    feeds = residual is not None, answer_residual is not None
+    fmt, second, within, coding = _resolve(format, answer, inside, schedule, rounding, rotation, *feeds)
     _check(tensor, tensors, op, residual, answer_residual)
     transport = transport_of(group)
     flats = [each.detach().contiguous().view(-1) for each in tensors]
-    operands = [Operand(flat, flat, coding, residual_N=residual, answer_residual=answer_residual) for flat in flats]
-    operands = [operand for operand in operands if operand.x_N.numel()] if transport.world_size > 1 else []
-    if not operands:
+    sent = [flat for flat in flats if flat.numel()] if transport.world_size > 1 else []
+    if not sent:
         return launch((), tensors, transport, async_op=async_op)
-    if schedule == "auto" and not find_hosts(transport).has_two_levels:
-        within = None
-    route = find_route(
-        schedule,
-        _sources([operand.x_N for operand in operands], fmt, second, coding, within),
-        coding,
-        transport,
-        device=flats[0].device,
-        backend=backend,
-    )
+    # Found once for messages that look alike: finding it takes longer than a short message.
+    kinds = tuple((flat.numel(), flat.dtype) for flat in sent)
+    key = "all_reduce", schedule, fmt, second, within, coding, sent[0].device, backend, kinds
+    route = transport.memory.facts.get(key)
+    if route is None:
+        if schedule == "auto" and not find_hosts(transport).has_two_levels:
+            within = None
+        sources = _sources(sent, fmt, second, coding, within)
+        route = find_route(schedule, sources, coding, transport, device=sent[0].device, backend=backend)
+        transport.memory.facts[key] = route
+    if (
+        route.name == "plain"
+        and not async_op
+        and residual is None
+        and isinstance(tensor, Tensor)
+        and tensor.is_contiguous()
+    ):
+        transport.all_reduce(flats[0], dist.ReduceOp.SUM).wait()  # as the schedule does, without its bookkeeping
+        if op == dist.ReduceOp.AVG:
+            flats[0].div_(transport.world_size)
+        return None
+    if seed or step:
+        coding = replace(coding, seed=seed, step=step)
+    operands = [Operand(flat, flat, coding, residual_N=residual, answer_residual=answer_residual) for flat in sent]
     if answer_residual is not None:
         _check_answer_residual(answer_residual, route.plans)
     messages = make_messages(route.plans, operands, transport, average=op == dist.ReduceOp.AVG, backend=backend)
@@ -120,6 +134,24 @@ def answer_residual_numel(
     within = _inside(inside, fmt, schedule, coding)
     sources = _sources([torch.empty(numel, dtype=dtype, device="meta")], fmt, second, coding, within)
     return _answer_numel(make_plans(sources, world_size=world_size, piece_bytes=PIECE_BYTES[device]))
+
+
+@lru_cache(maxsize=256)
+def _resolve(
+    format: Format | str,
+    answer: Format | str | None,
+    inside: Format | str | None,
+    schedule: str,
+    rounding: Literal["nearest", "stochastic"],
+    rotation: Rotation | int | None,
+    feeds_back: bool,
+    feeds_answer_back: bool,
+) -> tuple[Format, Format, Format | None, Coding]:
+    """Formats of the hops and the one inside hosts, and a coding of seed and step 0."""
+    fmt, second, coding = resolve(format, answer, rounding, rotation, 0, 0)
+    within = _inside(inside, fmt, schedule, coding)
+    check_schedule(schedule, fmt, residual=feeds_back, answer_residual=feeds_answer_back)
+    return fmt, second, within, coding
 
 
 def _inside(inside: Format | str | None, fmt: Format, schedule: str, coding: Coding) -> Format | None:

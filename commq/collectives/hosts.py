@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 from collections.abc import Hashable, Sequence
@@ -69,12 +70,14 @@ def find_hosts(transport: Transport) -> Hosts:
 
 
 def host_key() -> str:
-    """What ranks of one host have in common: NCCL_HOSTID, as for NCCL, else the machine's name and boot."""
-    named = os.environ.get("NCCL_HOSTID")
-    if named:
-        return named
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        boot = ""
-    return f"{socket.gethostname()} {boot}"
+    """What ranks of one host have in common: the machine's name, its boot and the network namespace.
+
+    Containers with networks of their own are hosts of their own. NCCL_HOSTID is not asked: it is set to different
+    values where ranks of one host share a GPU.
+    """
+    parts = [socket.gethostname()]
+    with contextlib.suppress(OSError):
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
+    with contextlib.suppress(OSError):
+        parts.append(os.readlink("/proc/self/ns/net"))
+    return " ".join(parts)

@@ -22,7 +22,7 @@ SIZES = tuple(4096 << (2 * i) for i in range(8))  # 4 KiB .. 64 MiB
 """Bytes of the moves that are timed."""
 LONG_ENOUGH = 25_000_000
 """Nanoseconds after which no longer move is timed: its time is then that of its bytes."""
-RUNS = 3
+RUNS = 5
 
 
 @dataclass(frozen=True)

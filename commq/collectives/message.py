@@ -52,7 +52,7 @@ class Operand:
     """Numbering of the blocks inside a host, where those are of another length than `blocks`."""
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class PartOperand:
     """The run of an operand that a part covers."""
 
@@ -60,6 +60,7 @@ class PartOperand:
     x: Tensor
     out: Tensor
     coding: Coding
+    """Exchanged again with other random bits: see `Message.set_step`."""
     blocks: Blocks | None
     answer_blocks: Blocks | None
     residual: Tensor | None
@@ -90,7 +91,9 @@ def make_messages(
     backend: str = "auto",
 ) -> Iterator[Message]:
     """The pieces of a message, in order."""
-    codec = implementation(backend, operands[0].x_N.device)
+    layouts = [layout for plan in plans for part in plan.parts for layout in (part.layout, part.answer, part.inside)]
+    tables = {layout.format for layout in layouts if layout.format.kind == "levels"}
+    codec = implementation(backend, operands[0].x_N.device, *tables)
     divisor = float(transport.world_size) if average else 1.0
     starts = [0] * len(operands)
     for plan in plans:
@@ -119,6 +122,12 @@ class Message:
     @cached_property
     def parts(self) -> list[PartOperand]:
         return [self._part_operand(part) for part in self.plan.parts]
+
+    def set_step(self, step: int) -> None:
+        """The same tensors are exchanged in optimizer step `step`: the counter of random bits follows."""
+        for part in self.parts:
+            if part.coding.step != step:
+                part.coding = replace(part.coding, step=step)
 
     def take(self, rows: int, nbytes: int) -> Tensor:
         """A buffer of (rows, nbytes); zeros where parts leave gaps, so that what is sent is never stale memory."""

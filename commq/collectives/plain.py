@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
+from commq.codecs.reference import load_residual, store_residual
 from commq.collectives.message import Message, PartOperand
 from commq.collectives.schedule import Schedule
 
@@ -33,9 +34,9 @@ def _write(part: PartOperand) -> None:
         if part.out.data_ptr() != part.x.data_ptr():
             part.out.copy_(part.x)
         return
-    h = part.x.to(torch.float32) + part.residual
+    block = part.part.layout.format.block
+    e = load_residual(part.residual, part.residual_scales, block)
+    h = part.x.to(torch.float32) + e
     part.out.copy_(h)
-    lost = h - part.out
-    part.residual.copy_(
-        torch.where(part.out.isfinite(), lost * (1.0 - part.decay) + part.residual * part.decay, part.residual)
-    )
+    lost = (h - part.out) * (1.0 - part.decay) + e * part.decay
+    store_residual(lost, part.out.isfinite(), part.residual, part.residual_scales, block)

@@ -170,7 +170,7 @@ class RowCodec:
     def __init__(self, fmt: Format, coding: Coding, device: torch.device, memory: Memory, backend: str) -> None:
         """coding.stream: the sender's `send_stream` (decoding does not use it)."""
         self.format, self.coding, self.device = fmt, coding, device
-        self._codec, self._memory = implementation(backend, device), memory
+        self._codec, self._memory = implementation(backend, device, fmt), memory
 
     @property
     def whole(self) -> bool:

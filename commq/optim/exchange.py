@@ -8,12 +8,13 @@ same bits on each. What reads `.grad` between backward and step (clipping, GradS
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from types import SimpleNamespace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch._C._distributed_c10d import GradBucket
+from torch.futures import Future
+from torch.nn.parallel import DistributedDataParallel
 
 from commq.attach.ddp import HookState
 from commq.collectives.plan import raw_bytes
@@ -48,15 +49,16 @@ class MomentumExchange:
         named: Iterable[tuple[str, Tensor]],
         transport: Transport,
         *,
+        module: DistributedDataParallel | None = None,
         grad_scaler: torch.amp.GradScaler | None = None,
         backend: str = "auto",
     ) -> None:
         self.optimizer, self.transport, self.grad_scaler = optimizer, transport, grad_scaler
         self.names = {parameter: name for name, parameter in named}
         pairs = [(name, parameter) for parameter, name in self.names.items()]
-        module: Any = SimpleNamespace(module=SimpleNamespace(named_parameters=lambda: pairs))  # as DDP shows its module
-        self.plain = HookState(optimizer.plain_recipe, module, transport=transport, backend=backend)
-        self.coded = HookState(optimizer.recipe, module, transport=transport, grad_scaler=grad_scaler, backend=backend)
+        common: dict[str, Any] = {"transport": transport, "backend": backend, "named": pairs}
+        self.plain = HookState(optimizer.plain_recipe, module, **common)
+        self.coded = HookState(optimizer.recipe, module, grad_scaler=grad_scaler, **common)
         self.own = {parameter: optimizer.make_own(parameter) for parameter in self.names}
         """The optimizer's state of this rank alone, where ranks of one process share its other state."""
         self.step = 0
@@ -70,30 +72,25 @@ class MomentumExchange:
         self._views: dict[int, tuple[tuple[int, ...], list[Tensor]]] = {}
         self._before: list[tuple[list[Tensor], list[Tensor]]] = []
 
-    def exchange(self, bucket: GradBucket) -> Tensor:
-        """Do for a bucket what this step does, in place. Buckets come in the order of their index, from 0 on."""
-        buffer = bucket.buffer()
-        if bucket.index() == 0:
-            self._begin()
-        if self.mode == "plain":
-            self.plain.exchange(bucket)
-        elif self.mode == "coded":
-            parameters = bucket.parameters()
-            if self.grad_scaler is not None:
-                changes = self.coded.residuals(bucket) + [t for p in parameters for t in self.own[p].values()]
-                self._before.append((changes, [tensor.clone() for tensor in changes]))
-            self.optimizer.fill(self, parameters, self._split(bucket.index(), buffer, parameters))
-            self.coded.exchange(bucket)
+    def start(self, bucket: GradBucket) -> Future[Tensor]:
+        """Start what this step does with a bucket, in place. Buckets come in rising order."""
+        handle = self._prepare(bucket)
+        if handle is not None:
+            future = handle.start(bucket)
         else:
-            self._local_raw_bytes += raw_bytes(buffer.numel(), self.transport.world_size)
-        if bucket.is_last():
-            self.step += 1
-            self._pending = True
-        return buffer
+            buffer = bucket.buffer()
+            future = Future(devices=[buffer.device]) if buffer.is_cuda else Future()
+            future.set_result(buffer)
+        self._count(bucket)
+        return future
 
-    def side_stream(self, device: torch.device) -> torch.cuda.Stream:
-        """The stream that exchanges run on, so that they overlap with backward."""
-        return self.coded.side_stream(device)
+    def exchange(self, bucket: GradBucket) -> Tensor:
+        """The same, and wait for it. On CUDA the current stream does."""
+        handle = self._prepare(bucket)
+        if handle is not None:
+            handle.exchange(bucket)
+        self._count(bucket)
+        return bucket.buffer()
 
     def take(self) -> None:
         """The step is made with what was exchanged. RuntimeError if nothing was exchanged for it."""
@@ -148,6 +145,27 @@ class MomentumExchange:
         for parameter, name in self.names.items():
             for key, value in state["own"].get(name, {}).items():
                 self.own[parameter][key].copy_(value)
+
+    def _prepare(self, bucket: GradBucket) -> HookState | None:
+        """Fill a bucket with what travels. What it travels by; None: it does not."""
+        if bucket.index() == 0:
+            self._begin()
+        if self.mode == "plain":
+            return self.plain
+        buffer, parameters = bucket.buffer(), bucket.parameters()
+        if self.mode == "local":
+            self._local_raw_bytes += raw_bytes(buffer.numel(), self.transport.world_size)
+            return None
+        if self.grad_scaler is not None:
+            changes = self.coded.residuals(bucket) + [t for p in parameters for t in self.own[p].values()]
+            self._before.append((changes, [tensor.clone() for tensor in changes]))
+        self.optimizer.fill(self, parameters, self._split(bucket.index(), buffer, parameters))
+        return self.coded
+
+    def _count(self, bucket: GradBucket) -> None:
+        if bucket.is_last():
+            self.step += 1
+            self._pending = True
 
     def _begin(self) -> None:
         if self._pending and self.mode != "plain":

@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 
 from commq.attach.ddp import comm_hook
 from commq.codecs.formats import Format, get_format
+from commq.codecs.rotation import Rotation
 from commq.collectives.group import Group, transport_of
 from commq.collectives.transport import C10d, Transport
 from commq.feedback.rule import Feedback
@@ -48,10 +49,12 @@ def momentum_recipe(
         return Recipe(name=f"momentum-{first.name}", format=first, answer=second)
     rule = Feedback(rule=feedback) if isinstance(feedback, str) else feedback  # type: ignore[arg-type]
     answered = rule.rule != "none" and (second or first).kind != "raw"
+    rotates = any(fmt is not None and fmt.fit != "largest" for fmt in (first, second))
     return Recipe(
         name=f"momentum-{first.name}",
         format=first,
         answer=second,
+        rotation=Rotation(size=1024, signs=True) if rotates else None,
         feedback=rule,
         answer_feedback=Feedback(rule="classic" if answered else "none"),
     )
@@ -115,7 +118,8 @@ class CommOptimizer(Optimizer):
         if group is not None:
             self.make_exchange(transport_of(group))
         elif ddp is not None:
-            ddp.register_comm_hook(self.make_exchange(C10d(ddp.process_group)), comm_hook)
+            exchange = self.make_exchange(C10d(ddp.process_group), module=ddp)
+            ddp.register_comm_hook(exchange, comm_hook)
 
     @property
     def exchange(self) -> MomentumExchange:
@@ -127,13 +131,15 @@ class CommOptimizer(Optimizer):
             )
         return self._exchanges[0]
 
-    def make_exchange(self, transport: Transport) -> MomentumExchange:
+    def make_exchange(self, transport: Transport, *, module: DistributedDataParallel | None = None) -> MomentumExchange:
         """The exchange of a rank whose buckets the caller hands to it. All ranks make theirs together.
 
         Ranks of one process may share an optimizer, and so its parameters and state: each has an exchange. When all
         have exchanged, `.grad` is set to the average that any of them got, and one step() follows for all.
         """
-        exchange = MomentumExchange(self, self._named, transport, grad_scaler=self._grad_scaler, backend=self._backend)
+        exchange = MomentumExchange(
+            self, self._named, transport, module=module, grad_scaler=self._grad_scaler, backend=self._backend
+        )
         self._exchanges.append(exchange)
         return exchange
 

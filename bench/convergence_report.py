@@ -1,0 +1,127 @@
+"""What the runs of bench/convergence.py say: paired gaps, and gates that they pass or fail."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from convergence_run import Setting
+
+BASELINE, CONTROL = "fp32", "int2"
+Row = dict[str, Any]
+NAMES = tuple(asdict(Setting(recipe="", seed=0)))
+"""What a row has of its setting."""
+
+
+def read_rows(path: Path) -> list[Row]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def key_of(row: Row) -> str:
+    """What makes a run the same as another."""
+    return json.dumps({name: row[name] for name in NAMES}, sort_keys=True)
+
+
+@dataclass(frozen=True)
+class Gap:
+    """A recipe against the uncompressed runs of the same seeds."""
+
+    recipe: str
+    bits: int
+    losses: list[float]
+    gaps: list[float]
+    """Percent of the uncompressed run's validation loss, one for each seed; inf for a run that diverged."""
+    ratio: float
+    """Bytes sent / those of fp32."""
+
+    @property
+    def mean(self) -> float:
+        return statistics.fmean(self.gaps)
+
+    @property
+    def error(self) -> float:
+        """Standard error of the mean; NaN if it is not known."""
+        return deviation(self.gaps) / len(self.gaps) ** 0.5
+
+    def passes(self, bound: float) -> bool:
+        """Two seeds at least: one alone says nothing about its error."""
+        return len(self.gaps) > 1 and self.mean <= max(bound, 2 * self.error)
+
+
+def deviation(values: list[float]) -> float:
+    """Standard deviation; NaN of a single value, and where a run diverged."""
+    return statistics.stdev(values) if len(values) > 1 and all(map(math.isfinite, values)) else math.nan
+
+
+def find_gaps(rows: list[Row]) -> list[Gap]:
+    """Of every recipe with runs that have a partner."""
+
+    def partner(row: Row) -> str:
+        return key_of({**row, "recipe": BASELINE})
+
+    base = {partner(row): row["val_loss"] for row in rows if row["recipe"] == BASELINE}
+    found = []
+    for text in dict.fromkeys(row["recipe"] for row in rows):
+        pairs = [(row, base.get(partner(row))) for row in rows if row["recipe"] == text]
+        pairs = [(row, loss) for row, loss in pairs if loss is not None]
+        if not pairs:
+            continue
+        losses = [_loss(row) for row, _ in pairs]
+        gaps = [100 * (own - loss) / loss for own, (_, loss) in zip(losses, pairs, strict=True)]
+        row = pairs[0][0]
+        found.append(Gap(text, row["bits"], losses, gaps, row["sent_bytes"] / row["raw_bytes"]))
+    return found
+
+
+def _loss(row: Row) -> float:
+    return float("inf") if row["val_loss"] is None else float(row["val_loss"])
+
+
+@dataclass(frozen=True)
+class Gate:
+    """A bound in percent, and whom it concerns: one recipe, or the best of those with so many bits."""
+
+    name: str
+    bound: float
+    recipe: str = ""
+    bits: int = 0
+    must_fail: bool = False
+
+    def judge(self, gaps: list[Gap]) -> str:
+        """One line; begins with PASS, FAIL or "----", if there is nothing to judge."""
+        mine = [gap for gap in gaps if gap.recipe == self.recipe or (not self.recipe and gap.bits == self.bits)]
+        if not mine:
+            return f"----  {self.name}: no runs"
+        best = min(mine, key=lambda gap: gap.mean)
+        limit = max(self.bound, 2 * best.error)
+        passes = best.passes(self.bound) != self.must_fail
+        must = "must exceed" if self.must_fail else "at most"
+        return f"{'PASS' if passes else 'FAIL'}  {self.name}: {best.recipe} {best.mean:+.3f} %, {must} {limit:.3f} %"
+
+
+GATES = (
+    Gate("int8", 0.1, "int8"),
+    Gate("int4, the default", 0.25, "int4"),
+    Gate("best of 2 bits", 1.5, bits=2),
+    Gate("best of 1 bit", 5.0, bits=1),
+    Gate("control: 2 bits without feedback", 1.5, CONTROL, must_fail=True),
+)
+
+
+def report(rows: list[Row]) -> str:
+    """The table and the gates."""
+    gaps = sorted(find_gaps(rows), key=lambda gap: (-gap.bits, gap.mean))
+    lines = [
+        f"{'recipe':<44} {'bytes':>6} {'val loss':>8} {'sd of seeds':>11} {'gap %':>8} {'std error':>9} {'seeds':>5}"
+    ]
+    for gap in gaps:
+        lines.append(
+            f"{gap.recipe:<44} {gap.ratio:6.3f} {statistics.fmean(gap.losses):8.4f} {deviation(gap.losses):11.4f} "
+            f"{gap.mean:+8.3f} {gap.error:9.3f} {len(gap.gaps):>5}"
+        )
+    lines += ["", "gates: gap <= max(bound, 2 standard errors)", *(gate.judge(gaps) for gate in GATES)]
+    return "\n".join(lines)

@@ -1,0 +1,133 @@
+"""One run of bench/convergence.py: what it trains, and what it finds."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from commq.train.config import ModelConfig, OptimizerConfig
+from commq.train.data import Corpus, load_corpus, train_batch, val_batches
+from commq.train.model import GPT
+from commq.train.optimizer import learning_rate
+from recipe_text import read_recipe
+from replicas import GradientUpdate, Replicas, Update
+
+VALIDATIONS = 6
+"""Times that a run is validated, the end included."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """Everything that decides the numbers of a run."""
+
+    recipe: str
+    """As `read_recipe` takes it; "fp32" is what the others are compared with."""
+    seed: int
+    update: str = "adamw"
+    """One of UPDATES."""
+    steps: int = 2000
+    world_size: int = 4
+    rows: int = 8
+    """Sequences of a rank and step."""
+    val_bytes: int = 1 << 19
+    """Held-out bytes of a validation, the same in all runs."""
+    max_mb: float = 32.0
+    model: ModelConfig = field(default_factory=lambda: ModelConfig(layers=6, dim=384, heads=6, context=256))
+    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=1.5e-3, warmup=100))
+    device: str = "cuda"
+
+
+UPDATES: dict[str, Callable[[Setting, nn.Module], Update]] = {
+    "adamw": lambda setting, model: GradientUpdate(model, setting.optimizer),
+}
+"""What becomes of gradients; an optimizer that sends something else is one more entry."""
+
+
+class Run:
+    """A run on this process's device. `row` is what it found; so far, while it runs."""
+
+    def __init__(self, setting: Setting) -> None:
+        self.setting = setting
+        self.device = torch.device(setting.device)
+        self.corpus: Corpus = load_corpus(None, max_mb=setting.max_mb, context=setting.model.context)
+        torch.manual_seed(setting.seed)
+        self.model = GPT(setting.model).to(self.device)
+        recipe = read_recipe(setting.recipe, seed=setting.seed)
+        update = UPDATES[setting.update](setting, self.model)
+        self.replicas = Replicas(self.model, recipe, update, setting.world_size)
+        self.row: dict[str, Any] = {
+            **asdict(setting),
+            "resolved": str(recipe),
+            "bits": recipe.format.bits,
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "corpus": self.corpus.digest,
+            "curve": [],
+            "validation": [],
+        }
+
+    def execute(self) -> dict[str, Any]:
+        """Train to the end, or until the loss is no longer finite."""
+        steps, validate_every = self.setting.steps, max(1, self.setting.steps // VALIDATIONS)
+        seconds = 0.0
+        for step in range(1, steps + 1):
+            start = time.perf_counter()
+            rate = learning_rate(step, steps, self.setting.optimizer)
+            losses_W = self.replicas.step(self._tokens(step), rate)
+            if step % 50 == 0 or step in (1, steps):
+                loss = float(losses_W.mean())
+                if not math.isfinite(loss):
+                    break
+                self.row["curve"].append([step, self._sent_bytes(), seconds + time.perf_counter() - start, loss])
+                self.replicas.observe(loss)
+            seconds += time.perf_counter() - start
+            if step == steps or (step % validate_every == 0 and steps - step >= validate_every):
+                self.row["validation"].append([step, self._sent_bytes(), seconds, self._validate()])
+        finished = step == steps and math.isfinite(loss)
+        self.row["steps_made"] = step
+        self.row["val_loss"] = self.row["validation"][-1][3] if finished else None
+        self.row["sent_bytes"], self.row["seconds"] = self._sent_bytes(), seconds
+        self.row["raw_bytes"] = self.replicas.handles[0].stats().raw_bytes
+        return self.row
+
+    def _tokens(self, step: int) -> Tensor:
+        """int64 (W, B, T)."""
+        setting = self.setting
+        batches = [
+            train_batch(
+                self.corpus.train,
+                seed=setting.seed,
+                step=step,
+                micro=0,
+                rank=rank,
+                rows=setting.rows,
+                context=setting.model.context,
+            )
+            for rank in range(setting.world_size)
+        ]
+        tokens = torch.stack(batches)
+        return tokens.pin_memory() if self.device.type == "cuda" else tokens
+
+    @torch.no_grad()
+    def _validate(self) -> float:
+        """Mean loss of the fixed held-out bytes, nats per byte."""
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        count = 0
+        for sequences in self._held_out():
+            total += self.replicas.loss(sequences.to(self.device)).double() * len(sequences)
+            count += len(sequences)
+        return float(total) / count
+
+    def _held_out(self) -> Iterator[Tensor]:
+        context = self.setting.model.context
+        count = -(-self.setting.val_bytes // context)
+        return val_batches(self.corpus.val, count=count, rank=0, world_size=1, rows=64, context=context)
+
+    def _sent_bytes(self) -> int:
+        """By rank 0."""
+        return self.replicas.ranks.transports[0].memory.sent_bytes

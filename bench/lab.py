@@ -1,0 +1,38 @@
+"""A rank's view of the lab it runs in (launch/netlab.py): its link's bytes and rate."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "launch"))
+
+
+def link_bytes() -> int:
+    """Bytes that this host's link has carried away so far, headers included; 0 outside a lab."""
+    for line in Path("/proc/net/dev").read_text().splitlines() if "NETLAB" in os.environ else ():
+        if line.strip().startswith("eth0:"):
+            return int(line.split(":")[1].split()[8])
+    return 0
+
+
+def set_rate(rate: str) -> None:
+    """Change the rate of all links: "10gbit", "500mbit", "unshaped". One rank does it, which needs root.
+
+    ValueError outside a lab, where links are what they are, for any rate but "unshaped".
+    """
+    from netlab_links import Network, parse_rate
+
+    if "NETLAB" not in os.environ:
+        if rate != "unshaped":
+            raise ValueError(f"rate {rate!r}: not in a lab, where links cannot be shaped; expected unshaped")
+        return
+    Network(os.environ["NETLAB"]).set_rate(parse_rate(rate))
+
+
+def gbit(rate: str) -> float:
+    """Gbit/s of a rate; 0.0 if it is unshaped."""
+    from netlab_links import parse_rate
+
+    return parse_rate(rate) / 1e9

@@ -1,0 +1,183 @@
+"""Layouts: the buckets of a DDP module, each with its route, made when it, its buffer or the phase is new."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch._C._distributed_c10d import GradBucket
+
+from commq.attach.answer_residual import AnswerResidual
+from commq.attach.bucket import Bucket, Laid, Member, bind_answers, lay, make_bucket
+from commq.codecs.formats import get_format
+from commq.codecs.reference import Coding
+from commq.collectives.hosts import find_hosts
+from commq.collectives.plan import RAW
+from commq.collectives.route import Route, find_route
+from commq.collectives.transport import Transport
+from commq.feedback.residual import Residual
+from commq.recipe import Recipe
+
+_log = logging.getLogger("commq")
+
+
+@dataclass
+class Known:
+    """What is known of the bucket at one place."""
+
+    parameters: tuple[int, ...]
+    """Their ids."""
+    bucket: Bucket
+    route: Route
+    nbytes: int
+    laid: Laid | None = None
+    """In the buffer that it last had, if nothing but exempt elements was copied."""
+
+
+class Layouts:
+    """All buckets of a module, by number and phase; names and numbers of its parameters."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        transport: Transport,
+        residual: Residual,
+        answer_residual: AnswerResidual | None,
+        backend: str,
+    ) -> None:
+        self.recipe = recipe
+        self.transport = transport
+        self.residual = residual
+        self.answer_residual = answer_residual
+        self.backend = backend
+        self._live: dict[str, Tensor] = {}
+        self._members: dict[int, tuple[str, int]] = {}
+        self._next_unit = 0
+        self._known: dict[tuple[int, int], Known] = {}
+        self._two_levels: bool | None = None
+        self._reported = False
+
+    def restart(self, residual: Residual, answer_residual: AnswerResidual | None, live: Mapping[str, Tensor]) -> None:
+        """Forget all buckets; the next have these residuals, and of some parameters only the elements in `live`."""
+        self.residual, self.answer_residual, self._live = residual, answer_residual, dict(live)
+        self._known.clear()
+
+    def member(self, parameter: Tensor, name: str | None = None) -> tuple[str, int]:
+        """Name and first unit of a parameter; new ones are numbered on."""
+        if id(parameter) not in self._members:
+            self._members[id(parameter)] = name or f"parameter.{len(self._members)}", self._next_unit
+            self._next_unit += -(-parameter.numel() // self.recipe.unit)
+        return self._members[id(parameter)]
+
+    def find(self, grads: GradBucket, phase: int) -> Known | None:
+        """What is known of this bucket; None if it is new, and must be made."""
+        known = self._known.get((grads.index(), phase))
+        if known is None or known.parameters != tuple(map(id, grads.parameters())):
+            return None
+        return known
+
+    def make(self, grads: GradBucket, phase: int) -> Known:
+        """Lay out a new bucket. Nothing may be under way: residuals move. All ranks do it together."""
+        parameters, buffer = grads.parameters(), grads.buffer()
+        if (grads.index(), phase) in self._known:  # DDP has rebuilt its buckets, all of them
+            self._known.clear()
+            if self.answer_residual is not None:
+                self.answer_residual.collect()
+        self._check(parameters, buffer)
+        members, offset = [], 0
+        for p in parameters:
+            name, first_unit = self.member(p)
+            fmt, answer = self.recipe.formats_of(name, tuple(p.shape), p.numel(), phase)
+            live = self._live.get(name) if fmt.kind != "raw" else None
+            numel = p.numel() if live is None else live.numel()
+            members.append(Member(name, offset, numel, fmt, answer, first_unit, live))
+            offset += p.numel()
+        if self._two_levels is None:
+            wants = self.recipe.schedule in ("two_hop", "auto")
+            self._two_levels = wants and find_hosts(self.transport).has_two_levels
+        schedule = self.recipe.schedule
+        if schedule == "auto":
+            trial = self._bucket(members, buffer, Residual(self.recipe.feedback, self.recipe.format.block))
+            schedule = self._route("auto", trial, buffer.device).name
+            if schedule == "plain":  # it travels as it stands: nothing to sort, and no residual
+                raw = get_format(RAW[buffer.dtype])
+                members = [
+                    replace(m, format=raw, answer=raw, numel=p.numel(), live=None)
+                    for m, p in zip(members, parameters, strict=True)
+                ]
+        bucket = self._bucket(members, buffer, self.residual)
+        route = self._route(schedule, bucket, buffer.device)
+        if self.answer_residual is not None:
+            bucket = bind_answers(bucket, route.plans, self.answer_residual, self.recipe.unit, buffer.device)
+        known = Known(tuple(map(id, parameters)), bucket, route, buffer.numel() * buffer.element_size())
+        self._known = {place: each for place, each in self._known.items() if place[1] == phase}
+        self._known[grads.index(), phase] = known
+        return known
+
+    def lay(self, known: Known, buffer: Tensor) -> Laid:
+        """Tensors and messages of a bucket in `buffer`."""
+        laid = known.laid
+        if laid is not None and laid.buffer.data_ptr() == buffer.data_ptr() and laid.buffer.dtype == buffer.dtype:
+            return laid
+        weight = self.recipe.feedback.weight
+        laid = lay(known.bucket, known.route.plans, buffer, self._coding(), weight, self.transport, self.backend)
+        known.laid = laid if known.bucket.in_place else None
+        return laid
+
+    def settle(self) -> None:
+        """All buckets of a step have come."""
+        if self.answer_residual is not None:
+            self.answer_residual.settle()
+        if self.recipe.schedule == "auto" and self._known and not self._reported:
+            self._reported = True
+            self._report()
+
+    def _report(self) -> None:
+        """Once, on rank 0: how schedule auto decided."""
+        if self.transport.rank:
+            return
+        routes: dict[str, list[int]] = {}
+        for known in self._known.values():
+            routes.setdefault(known.route.name, []).append(known.nbytes)
+        chosen = ", ".join(f"{name} for {len(sizes)} buckets of {sum(sizes)} bytes" for name, sizes in routes.items())
+        if "plain" in routes:
+            _log.warning(
+                "commq: schedule auto chose %s: by measurement, compression with %s would be slower than the plain "
+                "all-reduce there, so these buckets travel uncompressed",
+                chosen,
+                self.recipe.format,
+            )
+        else:
+            _log.info("commq: schedule auto chose %s", chosen)
+
+    def _bucket(self, members: list[Member], buffer: Tensor, residual: Residual) -> Bucket:
+        return make_bucket(
+            members,
+            self.recipe,
+            residual,
+            world_size=self.transport.world_size,
+            buffer=buffer,
+            two_levels=bool(self._two_levels),
+        )
+
+    def _route(self, name: str, bucket: Bucket, device: torch.device) -> Route:
+        if not bucket.sources:  # no elements
+            name = "two_shot"
+        return find_route(name, bucket.sources, self._coding(), self.transport, device=device, backend=self.backend)
+
+    def _coding(self) -> Coding:
+        return Coding(rounding=self.recipe.rounding, rotation=self.recipe.rotation, seed=self.recipe.seed)
+
+    def _check(self, parameters: list[Tensor], buffer: Tensor) -> None:
+        if buffer.layout != torch.strided or any(p.is_complex() for p in parameters):
+            raise TypeError(
+                f"rank {self.transport.rank}: a bucket holds sparse or complex gradients, expected dense real ones; "
+                "use Embedding(sparse=False) and real parameters, or keep those parameters out of this DDP module"
+            )
+        if buffer.dtype not in RAW:
+            raise TypeError(
+                f"rank {self.transport.rank}: gradients are {buffer.dtype}, expected float32, bfloat16 or float16"
+            )

@@ -1,0 +1,7 @@
+#include "decode_sum.cuh"
+
+namespace commq::cuda {
+
+template void launch_decode_sum_encode<MessageLevels>(const DecodeSumEncodeArgs&, const Launch&);
+
+}  // namespace commq::cuda
