@@ -144,6 +144,23 @@ def copies(nbytes: int, device: str) -> dict[str, tuple[Callable[[], Call], bool
     return {**plain, "copy_ in a graph": (partial(build, False), True), "neg": (partial(build, True), True)}
 
 
+def one_way(nbytes: int, device: str) -> dict[str, tuple[Callable[[], Call], int]]:
+    """What memory does when a call only reads, or only writes, `nbytes`: what builds it, and the bytes it moves.
+
+    An encoder of signs reads 16 times what it writes, and a decoder the other way round.
+    """
+
+    def read() -> Call:
+        rows = torch.zeros(nbytes // 4096, 1024, dtype=torch.float32, device=device)
+        sums = torch.empty(len(rows), device=device)
+        return lambda: torch.sum(rows, 1, out=sums)
+
+    def write() -> Call:
+        return torch.empty(nbytes, dtype=torch.uint8, device=device).zero_
+
+    return {"read: sums of 1024 float32": (read, nbytes + nbytes // 1024), "write: zero_": (write, nbytes)}
+
+
 def chain(codec: ModuleType, device: str, nbytes: int = 1 << 20) -> Callable[[], Call]:
     """The three kernels of an all-reduce, int4, on a bfloat16 bucket of `nbytes`."""
     work = Work(family="encode", format="int4", numel=nbytes // 2)

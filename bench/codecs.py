@@ -1,6 +1,6 @@
 """How fast the codecs are: GB/s read and written, as a share of the fastest plain copy in the same run.
 
-    python bench/codecs.py --quick --out results.json     # the bars: 256 Mi and 16 Mi elements, about a minute
+    python bench/codecs.py --quick --out results.json     # the bars: 256 Mi and 16 Mi elements, under 100 s
     python bench/codecs.py --out results.json             # every family, format, block, dtype, 64 KiB .. 1 GiB
     python bench/codecs.py --device cpu --quick           # native and reference against torch.Tensor.copy_
 
@@ -26,7 +26,7 @@ import torch
 ROOT = Path(__file__).resolve().parent
 sys.path[:0] = [str(ROOT), str(ROOT.parent)]
 
-from codec_calls import Work, chain, copies  # noqa: E402
+from codec_calls import Work, chain, copies, one_way  # noqa: E402
 from codec_peers import peers  # noqa: E402
 from timing import Build, environment, host_cost, time_calls  # noqa: E402
 
@@ -236,6 +236,9 @@ def run(bench: Bench, quick: bool, only: str) -> dict[str, dict]:
     bench.copy_rate(2 * GI if device == "cuda" else 256 * MI)
     for row in bench.rows:
         print(line(row))
+    if device == "cuda":
+        for what, (build, nbytes) in one_way(512 * MI, device).items():
+            bench.measure("torch", f"{what}, 512 MiB", "copy", 0, nbytes, build)
     for w, bar in work:
         if "native" in codecs and only in str(w):
             bench.measure_work("native", codecs["native"], w, bar=bar)
@@ -244,7 +247,7 @@ def run(bench: Bench, quick: bool, only: str) -> dict[str, dict]:
             if name not in codecs or only not in str(w) or (name == "reference" and w.numel > 16 * MI):
                 continue
             bench.measure_work(name, codecs[name], w, graph=name == "triton")
-    if not quick and device == "cuda":
+    if device == "cuda":
         compiled = SimpleNamespace(encode_bucket=torch.compile(codecs["reference"].encode_bucket))
         bench.measure_work(
             "torch.compile", compiled, Work(family="encode", format="int4", block=128, numel=16 * MI), graph=False

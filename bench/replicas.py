@@ -8,7 +8,6 @@ thread of its own; tests/test_convergence.py holds the result to the bits of rea
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from types import SimpleNamespace
 from typing import Protocol
 
 import torch
@@ -74,6 +73,15 @@ class GradientUpdate:
         self.optimizer.step()
 
 
+class _Named:
+    """A model, as DDP shows it to a handle: for the names of its parameters."""
+
+    process_group = None
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+
 class Replicas:
     """W ranks that train `model` together."""
 
@@ -83,7 +91,7 @@ class Replicas:
         self.device = self.parameters[0].device
         self.buckets = [Flat(self.parameters) for _ in range(world_size)]
         self.ranks = Ranks(world_size)
-        named = SimpleNamespace(module=model)  # as DDP shows its module
+        named = _Named(model)
         self.handles = self.ranks.run(
             lambda rank: commq.HookState(recipe, named, transport=self.ranks.transports[rank])
         )

@@ -4,8 +4,8 @@
     handles = ranks.run(lambda rank: commq.HookState("int4", transport=ranks.transports[rank]))
     ranks.run(lambda rank: handles[rank].exchange(bucket_of(rank)))
 
-Between two moves a rank runs alone or beside others, as it comes; at a move it waits for all. On CUDA all ranks queue
-their work on the default stream, so the order of the host is that of the device.
+Between two moves a rank runs alone or beside others, as it comes; at a move it waits for all. On CUDA ranks may work on
+streams of their own: at a move each one's stream waits for those of the others.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ class Ranks:
         self._pool = ThreadPoolExecutor(world_size)
         self._barrier = threading.Barrier(world_size, timeout=PATIENCE)
         self._shown: list[Any] = [None] * world_size
+        self._events: list[Any] = [None] * world_size
         self.transports = [ThreadTransport(self, rank) for rank in range(world_size)]
 
     def run(self, call: Callable[[int], T]) -> list[T]:
@@ -54,14 +55,25 @@ class Ranks:
             raise next((error for error in errors if not isinstance(error, threading.BrokenBarrierError)), errors[0])
         return [future.result() for future in futures]
 
-    def show(self, rank: int, value: Any) -> list[Any]:
-        """Everybody's value, in rank order. After it, `leave` before the next `show`."""
+    def show(self, rank: int, value: Any, device: torch.device) -> list[Any]:
+        """Everybody's value, in rank order, as their streams leave it. Read it, and `leave` before the next `show`."""
         self._shown[rank] = value
-        self.meet()
+        self._wait_for_all(rank, device)
         return list(self._shown)
 
-    def meet(self) -> None:
+    def leave(self, rank: int, device: torch.device) -> None:
+        """Nobody goes on, and writes to what it has shown, before all have read."""
+        self._wait_for_all(rank, device)
+
+    def _wait_for_all(self, rank: int, device: torch.device) -> None:
+        if device.type == "cuda":
+            self._events[rank] = torch.cuda.current_stream(device).record_event()
         self._barrier.wait()
+        if device.type == "cuda":
+            events = list(self._events)
+            self._barrier.wait()  # before one of them is replaced
+            for event in events:
+                event.wait(torch.cuda.current_stream(device))
 
 
 class _Done:
@@ -80,47 +92,49 @@ class ThreadTransport:
 
     def all_to_all(self, send_WS: Tensor, recv_WS: Tensor) -> _Done:
         self.memory.sent_bytes += send_WS.numel() - send_WS.shape[1]
-        for row_S, theirs_WS in zip(recv_WS, self._ranks.show(self.rank, send_WS), strict=True):
+        for row_S, theirs_WS in zip(recv_WS, self._show(send_WS), strict=True):
             row_S.copy_(theirs_WS[self.rank])
-        return self._leave()
+        return self._leave(send_WS.device)
 
     def all_to_all_v(self, send: Tensor, recv: Tensor, send_splits: Sequence[int], recv_splits: Sequence[int]) -> _Done:
         self.memory.sent_bytes += sum(send_splits) - send_splits[self.rank]
-        everyone = self._ranks.show(self.rank, send.split(list(send_splits)))
+        everyone = self._ranks.show(self.rank, send.split(list(send_splits)), send.device)
         for run, theirs in zip(recv.split(list(recv_splits)), everyone, strict=True):
             run.copy_(theirs[self.rank])
-        return self._leave()
+        return self._leave(send.device)
 
     def all_gather(self, row_S: Tensor, out_WS: Tensor) -> _Done:
         self.memory.sent_bytes += (self.world_size - 1) * row_S.numel()
-        for own_S, theirs_S in zip(out_WS, self._ranks.show(self.rank, row_S), strict=True):
+        for own_S, theirs_S in zip(out_WS, self._show(row_S), strict=True):
             own_S.copy_(theirs_S)
-        return self._leave()
+        return self._leave(row_S.device)
 
     def all_reduce(self, tensor: Tensor, op: dist.ReduceOp.RedOpType) -> _Done:
         """In rank order; a library may add floats in another one."""
         self.memory.sent_bytes += ring_bytes(tensor, self.world_size)
-        first, *others = self._ranks.show(self.rank, tensor)
+        first, *others = self._show(tensor)
         total = first.clone()
         for other in others:
             total = torch.maximum(total, other) if op == dist.ReduceOp.MAX else total.add_(other)
-        self._ranks.meet()
+        self._leave(tensor.device)
         tensor.copy_(total)
-        return self._leave()
+        return _Done()
 
     def broadcast(self, buffer: Tensor, src: int) -> _Done:
         self.memory.sent_bytes += buffer.numel() if self.rank == src else 0
-        everyone = self._ranks.show(self.rank, buffer)
+        everyone = self._show(buffer)
         if self.rank != src:
             buffer.copy_(everyone[src])
-        return self._leave()
+        return self._leave(buffer.device)
 
     def share(self, value: Any) -> list[Any]:
-        values = self._ranks.show(self.rank, value)
-        self._ranks.meet()
+        values = self._ranks.show(self.rank, value, torch.device("cpu"))
+        self._ranks.leave(self.rank, torch.device("cpu"))
         return values
 
-    def _leave(self) -> _Done:
-        """Nobody goes on, and writes to what it sent, before all have read."""
-        self._ranks.meet()
+    def _show(self, tensor: Tensor) -> list[Tensor]:
+        return self._ranks.show(self.rank, tensor, tensor.device)
+
+    def _leave(self, device: torch.device) -> _Done:
+        self._ranks.leave(self.rank, device)
         return _Done()

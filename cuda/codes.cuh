@@ -17,9 +17,9 @@ struct Packed {
   uint32_t high;  // the last 4 codes of 8 bits
 };
 
-// The values of two unsigned fields u, `shift` bits up in the halves of `pair` and below 1024 there: u * unit - offset.
-// Such bits are subnormal float16 numbers, u * 2**(shift - 24). The product is exact, and so is `offset`, a power of two
-// times `unit`: the one rounding is that of code * unit.
+// The values u * unit - offset of two unsigned fields u, `shift` bits up in the halves of `pair` and below 1024 there.
+// Such bits are subnormal float16 numbers, u * 2**(shift - 24). The multiply-add's product is exact, and so is `offset`,
+// a power of two times `unit`: the one rounding is that of code * unit.
 __device__ __forceinline__ void pair_values(uint32_t pair, int shift, float unit, float offset, float& a, float& b) {
   const float factor = unit * static_cast<float>(1 << (24 - shift));
   a = __fmaf_rn(__half2float(__ushort_as_half(pair & 0xFFFF)), factor, -offset);

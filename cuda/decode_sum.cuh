@@ -6,9 +6,11 @@
 
 namespace commq::cuda {
 
-// Messages whose loads are under way at the same time: 16 to 64 bytes a thread. Eight were no faster.
+// Messages whose loads are under way at the same time, as many as registers allow.
 template <class Codec>
-constexpr int MESSAGES = std::is_same_v<Codec, Raw> ? 1 : 4;
+constexpr int MESSAGES = Codec::FLOAT ? 4 : 8;
+template <>
+constexpr int MESSAGES<Raw> = 1;
 
 // A sum starts at -0, to which adding changes no number, not even -0.
 __device__ __forceinline__ void start_sum(float (&x)[V]) {
@@ -39,12 +41,7 @@ __device__ __forceinline__ void add_messages(const Layout& layout, const uint8_t
 #pragma unroll
   for (int k = 0; k < Count; ++k) sources[k].load(row + k * layout.row_stride, layout, at, aligned);
 #pragma unroll
-  for (int k = 0; k < Count; ++k) {
-    float message[V];
-    sources[k].decode(layout, message);
-#pragma unroll
-    for (int j = 0; j < V; ++j) x[j] = __fadd_rn(x[j], message[j]);
-  }
+  for (int k = 0; k < Count; ++k) sources[k].add(layout, x);
 }
 
 // x += the messages, in order.
@@ -154,7 +151,7 @@ __global__ void __launch_bounds__(THREADS, 4)
 
 template <class Codec>
 void launch_decode_sum_encode(const DecodeSumEncodeArgs& args, const Launch& launch) {
-  if constexpr (!std::is_same_v<Codec, Raw>) {
+  if constexpr (!std::is_same_v<Codec, Raw> && !IS_LEVELS<Codec>) {
     const FormatId answer = args.answer_layout.format;
     const bool plain = launch.aligned && args.residual == nullptr && !args.random.stochastic;
     if (plain && answer == FormatId::fp32) return launch(decode_sum_plain_kernel<Codec, Raw>, args);

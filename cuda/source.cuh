@@ -34,6 +34,21 @@ struct Source {
   __device__ __forceinline__ void decode(const Layout& layout, float (&x)[V]) const {
     decode_block<Codec>(codes, scale.template value<Codec::FLOAT>(layout.scale), layout.scale, x);
   }
+
+  __device__ __forceinline__ void add(const Layout& layout, float (&x)[V]) const {
+    float message[V];
+    if constexpr (std::is_same_v<Codec, Sign>) {  // +-scale is exact: the multiply-add rounds once, as the sum does
+      Codec::values(codes.halves[0], eight<0>(message));
+      Codec::values(codes.halves[1], eight<1>(message));
+      const float magnitude = scale.template value<false>(layout.scale);
+#pragma unroll
+      for (int j = 0; j < V; ++j) x[j] = __fmaf_rn(message[j], magnitude, x[j]);
+    } else {
+      decode(layout, message);
+#pragma unroll
+      for (int j = 0; j < V; ++j) x[j] = __fadd_rn(x[j], message[j]);
+    }
+  }
 };
 
 template <int Hop>
@@ -41,10 +56,13 @@ struct Source<LevelCodes<Hop>> {
   Codes codes;
   WireScale scale;
 
-  __device__ __forceinline__ void load(const uint8_t* row, const Layout& layout, int64_t i, bool aligned) {
-    const int bits = code_bits(layout.format);
-    codes = load_levels(row + i / 8 * bits, bits, aligned);
-    scale.template load<false>(row, layout, i, aligned);
+  static __device__ __forceinline__ Offsets offsets(const Layout& layout, int64_t i) {
+    return {layout, i, code_bits(layout.format)};
+  }
+
+  __device__ __forceinline__ void load(const uint8_t* row, const Layout& layout, const Offsets& at, bool aligned) {
+    codes = load_levels(row + at.codes, code_bits(layout.format), aligned);
+    scale.template load<false>(layout.scale, row + at.scale, row + at.group, aligned);
   }
 
   __device__ __forceinline__ void decode(const Layout& layout, float (&x)[V]) const {
@@ -66,6 +84,11 @@ struct Source<Raw> {
   __device__ __forceinline__ void decode(const Layout&, float (&x)[V]) const {
 #pragma unroll
     for (int j = 0; j < V; ++j) x[j] = elements[j];
+  }
+
+  __device__ __forceinline__ void add(const Layout&, float (&x)[V]) const {
+#pragma unroll
+    for (int j = 0; j < V; ++j) x[j] = __fadd_rn(x[j], elements[j]);
   }
 };
 

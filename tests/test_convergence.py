@@ -122,12 +122,19 @@ def test_a_run_without_its_partner_is_not_counted():
 
 @pytest.mark.parametrize(
     ("losses", "verdict"),
-    [((1.002, 1.002, 1.002), "PASS"), ((1.01, 1.01, 1.01), "FAIL"), ((1.02, 0.99, 1.01), "PASS"), ((1.001,), "FAIL")],
+    [((1.002, 1.002, 1.002), "PASS"), ((1.01, 1.01, 1.01), "FAIL"), ((1.02, 0.99, 1.01), "PASS"), ((1.001,), None)],
     ids=["below the bound", "above it", "above it, within two standard errors", "one seed has no error"],
 )
 def test_gate_of_int4(losses, verdict):
     base = [row("fp32", seed, 1.0, 32) for seed in range(3)]
-    assert verdicts([*base, *(row("int4", s, loss) for s, loss in enumerate(losses))])["int4, the default"] == verdict
+    found = verdicts([*base, *(row("int4", s, loss) for s, loss in enumerate(losses))])
+    assert found.get("int4, the default") == verdict
+
+
+def test_settings_are_not_mixed():
+    rows = [row("fp32", seed, 1.0, 32) for seed in range(2)] + [row("int4", seed, 1.0) for seed in range(2)]
+    others = [{**each, "steps": 10, "val_loss": 2.0 * each["val_loss"] + (each["bits"] == 4)} for each in rows]
+    assert [line[:4] for line in report([*rows, *others]).splitlines() if "int4, the" in line] == ["PASS", "FAIL"]
 
 
 def test_a_diverged_run_fails_and_the_control_must():
