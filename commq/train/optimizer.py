@@ -8,6 +8,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from commq.optim import Birder, EFSignSGD, OneBitAdam, OneBitLamb, SignSGD, ZeroOneAdam
 from commq.optim.optimizer import CommOptimizer
+from commq.recipe import Recipe
 from commq.train.config import OptimizerConfig
 
 BETAS = (0.9, 0.95)
@@ -21,21 +22,29 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> optim.Optimizer
     return optim.SGD(groups, lr=config.lr, momentum=0.9, fused=True)
 
 
-def make_comm_optimizer(ddp: DistributedDataParallel, config: OptimizerConfig, steps: int) -> CommOptimizer | None:
-    """The optimizer that decides what travels, paired with `ddp`, for a run of `steps`; None for one that does not."""
+def make_comm_optimizer(
+    module: nn.Module, config: OptimizerConfig, steps: int, momentum_format: Recipe | None = None
+) -> CommOptimizer | None:
+    """The optimizer that decides what travels, for a run of `steps`; None for one that does not.
+
+    module: a DistributedDataParallel module, which it is paired with, or another (see `CommOptimizer.make_exchange`).
+    momentum_format: in place of the configuration's.
+    """
     freeze_step = config.freeze_step or max(1, steps // 5)
-    common: dict[str, Any] = {"params": _group(ddp.module, config), "momentum_format": config.momentum_format}
+    inner: nn.Module = module.module if isinstance(module, DistributedDataParallel) else module
+    momentum = momentum_format or config.momentum_format
+    common: dict[str, Any] = {"params": _group(inner, config), "momentum_format": momentum}
     adam = {"betas": BETAS} | common
     match config.optimizer:
         case "onebit-adam":
-            return OneBitAdam(ddp, config.lr, freeze_step=freeze_step, decoupled_weight_decay=True, **adam)
+            return OneBitAdam(module, config.lr, freeze_step=freeze_step, decoupled_weight_decay=True, **adam)
         case "onebit-lamb":
-            return OneBitLamb(ddp, config.lr, freeze_step=freeze_step, **adam)
+            return OneBitLamb(module, config.lr, freeze_step=freeze_step, **adam)
         case "zero-one-adam":
             # Two thirds of the steps after the freeze are at the longest interval, 16.
             scaler = max(1, (steps - freeze_step) // 12)
             return ZeroOneAdam(
-                ddp,
+                module,
                 config.lr,
                 var_freeze_step=freeze_step,
                 local_step_scaler=scaler,
@@ -43,11 +52,11 @@ def make_comm_optimizer(ddp: DistributedDataParallel, config: OptimizerConfig, s
                 **adam,
             )
         case "birder":
-            return Birder(ddp, config.lr, **common)
+            return Birder(module, config.lr, **common)
         case "ef-signsgd":
-            return EFSignSGD(ddp, config.lr, 0.9, **common)
+            return EFSignSGD(module, config.lr, 0.9, **common)
         case "signsgd-mv":
-            return SignSGD(ddp, config.lr, 0.9, **common)
+            return SignSGD(module, config.lr, 0.9, **common)
     return None
 
 
