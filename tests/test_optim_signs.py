@@ -88,7 +88,7 @@ def test_the_majority_decides():
 @thread_ranks(3)
 def test_birders_signs_have_the_expectation_of_its_rule():
     """With a learning rate of 1 and nothing but one constant gradient a rank, the mean step is the mean of u."""
-    steps = 400
+    steps = 150
     module, exact = Weights(), Weights()
     signs = Birder(module, 1.0, 0.9, momentum_format=recipe(feedback=commq.Feedback(), rounding="stochastic"),
                    group=dist.group.WORLD)  # fmt: skip

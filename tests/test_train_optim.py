@@ -19,7 +19,7 @@ KINDS = ["onebit-adam", "onebit-lamb", "zero-one-adam", "birder", "ef-signsgd", 
 
 
 def settings(out, kind, *, steps=26, **output):
-    """Freezes after 2 steps; zero-one-adam then makes local steps from step 5 on, and meets at even steps to 8."""
+    """Freezes after 2 steps; zero-one-adam is in a long local interval after 7, and meets again before the end."""
     optimizer = OptimizerConfig(optimizer=kind, warmup=2, freeze_step=2, lr=1e-3)
     return dataclasses.replace(config(out, steps=steps, **output), optimizer=optimizer)
 

@@ -62,7 +62,8 @@ class OptimizerConfig:
     momentum_format: str = "sign"
     """How the momentum of optimizers that send it travels: sign, int4, ..., or fp32 for the same rule uncompressed."""
     freeze_step: int = 0
-    """Steps until onebit-adam, onebit-lamb and zero-one-adam freeze the variance; 0: a fifth of all steps."""
+    """Steps until onebit-adam, onebit-lamb and zero-one-adam freeze the variance; 0: a fifth of all steps,
+    and no fewer than warmup."""
     warmup: int = 30
     """Steps over which the learning rate rises linearly from zero to its peak."""
     final_lr: float = 0.05

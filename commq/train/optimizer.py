@@ -30,7 +30,7 @@ def make_comm_optimizer(
     module: a DistributedDataParallel module, which it is paired with, or another (see `CommOptimizer.make_exchange`).
     momentum_format: in place of the configuration's.
     """
-    freeze_step = config.freeze_step or max(1, steps // 5)
+    freeze_step = config.freeze_step or max(1, config.warmup, steps // 5)
     inner: nn.Module = module.module if isinstance(module, DistributedDataParallel) else module
     momentum = momentum_format or config.momentum_format
     common: dict[str, Any] = {"params": _group(inner, config), "momentum_format": momentum}
