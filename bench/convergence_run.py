@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from commq.optim.optimizer import CommOptimizer
 from commq.train.config import ModelConfig, OptimizerConfig
 from commq.train.data import Corpus, load_corpus, train_batch, val_batches
 from commq.train.model import GPT
-from commq.train.optimizer import learning_rate
+from commq.train.optimizer import learning_rate, make_comm_optimizer
 from recipe_text import read_recipe
-from replicas import GradientUpdate, Replicas, Update
+from replicas import GradientUpdate, MomentumUpdate, Replicas, Update
 
+MOMENTA = ("onebit-adam", "onebit-lamb", "zero-one-adam", "birder", "ef-signsgd", "signsgd-mv")
 VALIDATIONS = 6
 """Times that a run is validated, the end included."""
 
@@ -27,7 +31,7 @@ class Setting:
     """Everything that decides the numbers of a run."""
 
     recipe: str
-    """As `read_recipe` takes it; "fp32" is what the others are compared with."""
+    """As `read_recipe` takes it; "fp32" is what the others are compared with. What travels by it says `update`."""
     seed: int
     update: str = "adamw"
     """One of UPDATES."""
@@ -43,10 +47,25 @@ class Setting:
     device: str = "cuda"
 
 
+def _update_momenta(kind: str, setting: Setting, model: nn.Module) -> Update:
+    """The recipe is the momentum's, so that fp32 is the same rule uncompressed."""
+    config = replace(setting.optimizer, optimizer=kind)  # type: ignore[arg-type]
+    recipe = read_recipe(setting.recipe, seed=setting.seed)
+
+    def make(each: nn.Module) -> CommOptimizer:
+        optimizer = make_comm_optimizer(each, config, setting.steps, recipe)
+        assert optimizer is not None
+        return optimizer
+
+    copies = setting.world_size - 1 if kind == "zero-one-adam" else 0
+    return MomentumUpdate([model, *(copy.deepcopy(model) for _ in range(copies))], make, config.clip)
+
+
 UPDATES: dict[str, Callable[[Setting, nn.Module], Update]] = {
     "adamw": lambda setting, model: GradientUpdate(model, setting.optimizer),
+    **{kind: partial(_update_momenta, kind) for kind in MOMENTA},
 }
-"""What becomes of gradients; an optimizer that sends something else is one more entry."""
+"""What becomes of gradients, and what travels by the recipe: they, or what the optimizer makes of them."""
 
 
 class Run:
@@ -60,7 +79,7 @@ class Run:
         self.model = GPT(setting.model).to(self.device)
         recipe = read_recipe(setting.recipe, seed=setting.seed)
         update = UPDATES[setting.update](setting, self.model)
-        self.replicas = Replicas(self.model, recipe, update, setting.world_size)
+        self.replicas = Replicas(recipe, update, setting.world_size)
         self.row: dict[str, Any] = {
             **asdict(setting),
             "resolved": str(recipe),

@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
 import commq
+from commq.collectives.transport import Transport
+from commq.optim.exchange import MomentumExchange
+from commq.optim.optimizer import CommOptimizer
 from commq.train.config import OptimizerConfig
 from commq.train.model import next_byte_loss
 from commq.train.optimizer import make_optimizer
@@ -43,58 +46,73 @@ class Flat:
         return True
 
 
+Handle = commq.HookState | MomentumExchange
+
+
 class Update(Protocol):
-    """How gradients become a step: what each rank sends, and what is done with the average."""
+    """How gradients become a step: what each rank sends by, and what is done with the average."""
 
-    def prepare(self, rank: int, bucket: Flat) -> None:
-        """Turn a rank's gradient into what it sends, in place. Called in the rank's thread, before the exchange."""
+    models: Sequence[nn.Module]
+    """One for all ranks, or one for each rank, where their weights are not always the same."""
 
-    def apply(self, bucket: Flat, rate: float) -> None:
-        """Change the weights by what all ranks have received, in `bucket`."""
+    def make_handle(self, recipe: commq.Recipe, rank: int, transport: Transport) -> Handle:
+        """What a rank's buckets are handed to. Called on all ranks together, each in its thread."""
+
+    def apply(self, buckets: Sequence[Flat], rate: float) -> None:
+        """Change the weights by what the ranks have received."""
 
 
 class GradientUpdate:
     """AdamW or SGD of the trainer on the averaged gradient, clipped to a norm."""
 
     def __init__(self, model: nn.Module, config: OptimizerConfig) -> None:
-        self.parameters = list(model.parameters())
+        self.models = [model]
         self.optimizer = make_optimizer(model, config)
         self.clip = config.clip or float("inf")
 
-    def prepare(self, rank: int, bucket: Flat) -> None:
-        """The gradient itself is sent."""
+    def make_handle(self, recipe: commq.Recipe, rank: int, transport: Transport) -> Handle:
+        return commq.HookState(recipe, named=self.models[0].named_parameters(), transport=transport)
 
-    def apply(self, bucket: Flat, rate: float) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        for parameter, view in zip(self.parameters, bucket.views, strict=True):
-            parameter.grad = view
-        clip_grad_norm_(self.parameters, self.clip)
-        self.optimizer.step()
+    def apply(self, buckets: Sequence[Flat], rate: float) -> None:
+        step_with(self.optimizer, buckets[0], rate, self.clip)
 
 
-class _Named:
-    """A model, as DDP shows it to a handle: for the names of its parameters."""
+class MomentumUpdate:
+    """An optimizer that decides what is sent. One for all ranks, or one for each where it makes local steps."""
 
-    process_group = None
+    def __init__(self, models: Sequence[nn.Module], make: Callable[[nn.Module], CommOptimizer], clip: float) -> None:
+        self.models = models
+        self.optimizers = [make(model) for model in models]
+        self.clip = clip or float("inf")
 
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
+    def make_handle(self, recipe: commq.Recipe, rank: int, transport: Transport) -> Handle:
+        return self.optimizers[rank % len(self.models)].make_exchange(transport)
+
+    def apply(self, buckets: Sequence[Flat], rate: float) -> None:
+        for optimizer, bucket in zip(self.optimizers, buckets, strict=False):
+            step_with(optimizer, bucket, rate, self.clip)
+
+
+def step_with(optimizer: torch.optim.Optimizer, bucket: Flat, rate: float, clip: float) -> None:
+    """A step with what stands in a bucket, clipped to a norm."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    for parameter, view in zip(bucket.parameters(), bucket.views, strict=True):
+        parameter.grad = view
+    clip_grad_norm_(bucket.parameters(), clip)
+    optimizer.step()
 
 
 class Replicas:
-    """W ranks that train `model` together."""
+    """W ranks that train a model, the first of `update.models`, together."""
 
-    def __init__(self, model: nn.Module, recipe: commq.Recipe, update: Update, world_size: int) -> None:
-        self.model, self.update = model, update
-        self.parameters = list(model.parameters())
-        self.device = self.parameters[0].device
-        self.buckets = [Flat(self.parameters) for _ in range(world_size)]
+    def __init__(self, recipe: commq.Recipe, update: Update, world_size: int) -> None:
+        self.model, self.update = update.models[0], update
+        self.models = [update.models[rank % len(update.models)] for rank in range(world_size)]
+        self.buckets = [Flat(list(model.parameters())) for model in self.models]
+        self.device = self.buckets[0].buffer().device
         self.ranks = Ranks(world_size)
-        named = _Named(model)
-        self.handles = self.ranks.run(
-            lambda rank: commq.HookState(recipe, named, transport=self.ranks.transports[rank])
-        )
+        self.handles = self.ranks.run(lambda rank: update.make_handle(recipe, rank, self.ranks.transports[rank]))
         self._backward: Callable[[], None] | None = None
 
     def step(self, tokens_WBT: Tensor, rate: float) -> Tensor:
@@ -107,28 +125,27 @@ class Replicas:
         self._tokens_WBT.copy_(tokens_WBT, non_blocking=True)
         self._backward()
         self.ranks.run(self._exchange)
-        self.update.apply(self.buckets[0], rate)
+        self.update.apply(self.buckets, rate)
         return self._losses_W
 
     def observe(self, loss: float) -> None:
         """Tell recipes with phases that end by the loss what it is."""
-        self.ranks.run(lambda rank: self.handles[rank].observe(loss))
+        if isinstance(self.handles[0], commq.HookState):
+            self.ranks.run(lambda rank: self.handles[rank].observe(loss))
 
-    def loss(self, tokens_BT: Tensor) -> Tensor:
-        """Mean loss of sequences, as the trainer computes it."""
+    def loss(self, tokens_BT: Tensor, rank: int = 0) -> Tensor:
+        """Mean loss of sequences under a rank's weights, as the trainer computes it."""
         with torch.autocast("cuda", torch.bfloat16, enabled=self.device.type == "cuda", cache_enabled=False):
-            logits = self.model(tokens_BT[:, :-1])
+            logits = self.models[rank](tokens_BT[:, :-1])
         return next_byte_loss(logits, tokens_BT[:, 1:])
 
     def _exchange(self, rank: int) -> None:
-        bucket = self.buckets[rank]
-        self.update.prepare(rank, bucket)
-        self.handles[rank].exchange(bucket)
+        self.handles[rank].exchange(self.buckets[rank])
 
     def _find_gradients(self) -> None:
         for rank, bucket in enumerate(self.buckets):
-            loss = self.loss(self._tokens_WBT[rank])
-            gradients = torch.autograd.grad(loss, self.parameters)
+            loss = self.loss(self._tokens_WBT[rank], rank)
+            gradients = torch.autograd.grad(loss, bucket.parameters())
             torch._foreach_copy_(bucket.views, gradients)
             self._losses_W[rank] = loss.detach()
 

@@ -8,8 +8,11 @@ The path of a tensor, folder by folder:
 One line turns it on for a DistributedDataParallel module:
 
     handle = commq.register(ddp, "int4")
+
+`commq.optim` has optimizers that send a momentum in one bit in place of the gradient.
 """
 
+from commq import optim
 from commq.attach.check import ReplicaError
 from commq.attach.ddp import HookState, comm_hook, register
 from commq.attach.estimate import estimate_memory
@@ -66,6 +69,7 @@ __all__ = [
     "fully_shard",
     "get_format",
     "handle_of",
+    "optim",
     "read_shard_states",
     "recipe",
     "recipes",

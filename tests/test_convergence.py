@@ -1,7 +1,7 @@
 """bench/convergence.py: ranks in one process give the bits of real processes, and its gates can fail."""
 
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -15,9 +15,9 @@ sys.path.append(str(Path(__file__).parent.parent / "bench"))
 import commq
 from commq.train.config import ModelConfig, OptimizerConfig
 from commq.train.model import GPT, next_byte_loss
-from commq.train.optimizer import make_optimizer
+from commq.train.optimizer import make_comm_optimizer, make_optimizer
 from convergence_report import find_gaps, report
-from convergence_run import Setting
+from convergence_run import MOMENTA, UPDATES, Setting
 from harness import run_processes
 from recipe_text import read_recipe
 from replicas import GradientUpdate, Replicas
@@ -38,6 +38,13 @@ RECIPES = (
     "thc",
     "int4:schedule=one_shot,feedback=none",
 )
+
+
+MOMENTUM_RECIPES = {
+    "birder": "onebit:answer=sign/128:bf16,format=sign/128:bf16,rotation=null,rounding=stochastic",
+    "signsgd-mv": "doublesqueeze:feedback=none,answer_feedback=none",
+}
+"""What the optimizers send by, where it is not doublesqueeze."""
 
 
 def make_model():
@@ -70,10 +77,53 @@ def train_in_processes(texts):
 def train_in_threads(text, world_size):
     model = make_model()
     update = GradientUpdate(model, OPTIMIZER)
-    replicas = Replicas(model, read_recipe(text), update, world_size)
+    replicas = Replicas(read_recipe(text), update, world_size)
     for step in range(STEPS):
         replicas.step(torch.stack([tokens(step, rank) for rank in range(world_size)]), OPTIMIZER.lr)
     return parameters_to_vector(model.parameters()).detach()
+
+
+def settings_of(kind):
+    return replace(OPTIMIZER, optimizer=kind, freeze_step=2)
+
+
+def train_with_momenta(kinds, steps):
+    """The weights that each optimizer leads to on this rank."""
+    found = []
+    for kind in kinds:
+        ddp = DistributedDataParallel(make_model(), bucket_cap_mb=0.05)
+        optimizer = make_comm_optimizer(ddp, settings_of(kind), 14)
+        for step in range(steps):
+            optimizer.zero_grad()
+            batch = tokens(step, dist.get_rank())
+            next_byte_loss(ddp(batch[:, :-1]), batch[:, 1:]).backward()
+            clip_grad_norm_(ddp.parameters(), OPTIMIZER.clip)
+            for group in optimizer.param_groups:
+                group["lr"] = OPTIMIZER.lr
+            optimizer.step()
+        found.append(parameters_to_vector(ddp.parameters()).detach())
+    return found
+
+
+def test_optimizers_in_one_process_give_the_bits_of_processes():
+    """The last step of zero-one-adam is a local one: ranks differ, there and here."""
+    steps, world_size = 6, 3
+    expected = run_processes(train_with_momenta, world_size, args=(MOMENTA, steps))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for number, kind in enumerate(MOMENTA):
+            recipe = MOMENTUM_RECIPES.get(kind, "doublesqueeze")
+            setting = Setting(recipe=recipe, seed=0, steps=14, world_size=world_size, optimizer=settings_of(kind))
+            update = UPDATES[kind](setting, make_model())
+            replicas = Replicas(read_recipe("fp32"), update, world_size)
+            for step in range(steps):
+                replicas.step(torch.stack([tokens(step, rank) for rank in range(world_size)]), OPTIMIZER.lr)
+            for rank, model in enumerate(replicas.models):
+                weights = parameters_to_vector(model.parameters()).detach()
+                assert torch.equal(weights, expected[rank][number]), f"{kind}, rank {rank}"
+    finally:
+        torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("world_size", [2, 3])

@@ -19,23 +19,23 @@ pytestmark = [
 ]
 
 
-class Watched(GradientUpdate):
+class Watched(Replicas):
     """Keeps what each rank is about to send."""
 
-    def __init__(self, model, config, world_size):
-        super().__init__(model, config)
+    def __init__(self, recipe, update, world_size):
         self.sent = [None] * world_size
+        super().__init__(recipe, update, world_size)
 
-    def prepare(self, rank, bucket):
-        self.sent[rank] = bucket.buffer().clone()
+    def _exchange(self, rank):
+        self.sent[rank] = self.buckets[rank].buffer().clone()
+        super()._exchange(rank)
 
 
 @pytest.mark.parametrize("recipe", ["fp32", "int8", "int4", "onebit"])
 def test_captured_gradients_are_those_of_the_model(recipe):
     torch.manual_seed(0)
     model = GPT(ModelConfig(layers=2, dim=64, heads=2, context=32)).cuda()
-    update = Watched(model, OptimizerConfig(lr=1e-3), 4)
-    replicas = Replicas(model, read_recipe(recipe), update, 4)
+    replicas = Watched(read_recipe(recipe), GradientUpdate(model, OptimizerConfig(lr=1e-3)), 4)
     generator = torch.Generator().manual_seed(1)
     for _ in range(3):
         tokens = torch.randint(256, (4, 2, 33), generator=generator)
@@ -48,6 +48,6 @@ def test_captured_gradients_are_those_of_the_model(recipe):
         for rank, (loss, gradient) in enumerate(expected):
             # bfloat16 products in another order: each has an error of 2**-9, and they add up as squares.
             assert abs(losses[rank] - loss) <= 2.0**-9 * loss
-            assert (update.sent[rank] - gradient).norm() <= 2.0**-6 * gradient.norm()
+            assert (replicas.sent[rank] - gradient).norm() <= 2.0**-6 * gradient.norm()
         others = [bucket.buffer() for bucket in replicas.buckets[1:]]  # the first was clipped in place
         assert all(torch.equal(others[0], other) for other in others)

@@ -41,14 +41,14 @@ def this_rank() -> Ranks:
 
 
 def digest(state: object) -> str:
-    """Of every bit of the tensors in a state, and of the rest as text."""
+    """Of every bit of the tensors in a state, and of the rest as text. The order of a dict does not count."""
     content = hashlib.blake2b()
 
     def visit(part: object) -> None:
         if isinstance(part, torch.Tensor):
             content.update(part.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         elif isinstance(part, dict):
-            for key, value in part.items():
+            for key, value in sorted(part.items(), key=lambda item: repr(item[0])):
                 content.update(repr(key).encode())
                 visit(value)
         elif isinstance(part, list | tuple):

@@ -41,6 +41,8 @@ class Member:
     answer: Format
     first_unit: int
     """Number of its first unit, counted over the whole model: where its random bits start."""
+    live: Tensor | None = None
+    """int64: its elements that travel, `numel` of them; None: all."""
 
 
 @dataclass(frozen=True)
@@ -75,13 +77,24 @@ class Coded:
     blocks: Blocks | None = None
     answer_blocks: Blocks | None = None
     answer_residual: Tensor | None = None
+    lives: tuple[Tensor | None, ...] = ()
+    """For each segment, the places in DDP's buffer of the elements that travel; None: all from its start on."""
+
+    def residuals(self) -> list[Tensor]:
+        """All tensors of feedback."""
+        own = (self.residual.values, self.residual.scales) if self.residual else ()
+        return [tensor for tensor in (*own, self.answer_residual) if tensor is not None]
 
     def lay(self, buffer: Tensor) -> CodedTensors:
-        if self.in_place:
-            return CodedTensors(buffer, [], [], self)
-        x_N = buffer.new_zeros(self.numel)
-        views = [buffer[start : start + s.numel] for start, s in zip(self.starts, self.segments, strict=True)]
-        return CodedTensors(x_N, views, [x_N[s.offset : s.offset + s.numel] for s in self.segments], self)
+        tensors = CodedTensors(buffer if self.in_place else buffer.new_zeros(self.numel), [], [], [], buffer, self)
+        for start, s, live in () if self.in_place else zip(self.starts, self.segments, self.lives, strict=True):
+            place = tensors.x_N[s.offset : s.offset + s.numel]
+            if live is None:
+                tensors.views.append(buffer[start : start + s.numel])
+                tensors.places.append(place)
+            else:
+                tensors.picked.append((live, place))
+        return tensors
 
     def operand(self, x_N: Tensor, coding: Coding, decay: float) -> Operand:
         return Operand(
@@ -121,15 +134,22 @@ class CodedTensors:
     x_N: Tensor
     views: list[Tensor]
     places: list[Tensor]
+    picked: list[tuple[Tensor, Tensor]]
+    """Where only some elements travel: their places in DDP's buffer, and in what is sent."""
+    buffer: Tensor
     group: Coded
 
     def gather(self) -> None:
         if self.places:
             torch._foreach_copy_(self.places, self.views)
+        for live, place in self.picked:
+            torch.index_select(self.buffer, 0, live, out=place)
 
     def scatter(self) -> None:
         if self.places:
             torch._foreach_copy_(self.views, self.places)
+        for live, place in self.picked:
+            self.buffer.index_copy_(0, live, place)
         if self.group.residual is not None and self.group.padding is not None:
             self.group.residual.values[self.group.padding] = 0
 
@@ -237,7 +257,9 @@ def _code(
     feeds_back = recipe.feedback.rule != "none"
     # A rotation and sign codes send something for padding, too. Its residual must not depend on the bucket.
     leaks = feeds_back and (recipe.rotation is not None or fmt.kind in ("sign", "levels", "means"))
-    in_place = alone and all(m.offset % unit == 0 and not (leaks and m.numel % unit) for m in members)
+    in_place = alone and all(
+        m.live is None and m.offset % unit == 0 and not (leaks and m.numel % unit) for m in members
+    )
     segments, end = [], 0
     for m in members:
         segments.append(Segment(m.name, m.offset if in_place else end, m.numel))
@@ -246,7 +268,8 @@ def _code(
     inside = (recipe.inside or inside_format(fmt)) if two_levels else None
     whole = recipe.rounding == "stochastic" and "raw" in (answer.kind, inside.kind if inside else "")
     source = Source(numel, buffer.dtype, fmt, answer, unit, inside, whole)
-    group = Coded(numel, tuple(m.offset for m in members), tuple(segments), in_place)
+    lives = tuple(None if m.live is None else m.live + m.offset for m in members)
+    group = Coded(numel, tuple(m.offset for m in members), tuple(segments), in_place, lives=lives)
     part = make_plan((source,), world_size=world_size).parts[0]
     if part.layout.format.kind == "raw":
         return source, group

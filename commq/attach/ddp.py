@@ -9,7 +9,7 @@ and GradScaler's search for infinities therefore run on what was really exchange
 
 import functools
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,11 @@ from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
 from commq.attach.answer_residual import AnswerResidual
+from commq.attach.bucket import Coded
 from commq.attach.check import check_replicas
 from commq.attach.dcp import pack_state, read_state
 from commq.attach.flight import Flight
-from commq.attach.layouts import Layouts
+from commq.attach.layouts import Known, Layouts
 from commq.collectives.plan import raw_bytes
 from commq.collectives.transport import C10d, Transport, check_equal
 from commq.feedback.residual import Residual
@@ -41,9 +42,10 @@ from commq.stats import Stats
 class HookState:
     """State of `comm_hook` on one rank: recipe, residuals, layout of every bucket, counters.
 
-    recipe: a Recipe or its name. module: the DDP module, which names the parameters in checkpoints; without
-    it they are numbered in the order in which buckets first show them. group: DDP's process group. transport: what
-    moves bytes in place of torch.distributed (all ranks' must agree). check_every: see `register`.
+    recipe: a Recipe or its name. module: the DDP module, which names the parameters in checkpoints; or `named`, names
+    and parameters in its place; without either they are numbered in the order in which buckets first show them.
+    group: DDP's process group. transport: what moves bytes in place of torch.distributed (all ranks' must agree).
+    check_every: see `register`.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class HookState:
         backend: str = "auto",
         transport: Transport | None = None,
         check_every: int = 0,
+        named: Iterable[tuple[str, Tensor]] = (),
     ) -> None:
         if check_every < 0 or (check_every and module is None):
             raise ValueError(
@@ -83,11 +86,32 @@ class HookState:
         self._module = weakref.ref(module) if module is not None else None
         """DDP's reducer, which the module owns, holds this state."""
         self._numels: dict[str, int] = {}
-        if module is not None:
-            for name, parameter in module.module.named_parameters():
-                self._layouts.member(parameter, name)
-                self._numels[name] = parameter.numel()
+        for name, parameter in named if module is None else module.module.named_parameters():
+            self._layouts.member(parameter, name)
+            self._numels[name] = parameter.numel()
+        if self._numels:
             check_rules(self.recipe.rules, self._numels)
+
+    def restart(self, live: Mapping[str, Tensor]) -> None:
+        """Begin anew without residuals, and encode only some elements of some parameters.
+
+        live: by parameter name, the numbers (int64, rising, in memory order) of the elements that travel where the
+        format is not raw. The others, which have to be zero on all ranks, stay as they are in the bucket and count in
+        no block's scale: codes without a zero, such as sign, would move them. The same on all ranks.
+        """
+        self._numels |= {name: index.numel() for name, index in live.items()}
+        self.residual = Residual(self.recipe.feedback, self.recipe.format.block)
+        if self.answer_residual is not None:
+            self.answer_residual = AnswerResidual(self.transport)
+        self._layouts.restart(self.residual, self.answer_residual, live)
+
+    def residuals(self, grads: GradBucket) -> list[Tensor]:
+        """The tensors of feedback, of both hops, that exchanging this bucket will change."""
+        if self.transport.world_size == 1:
+            return []
+        with self._flight.on(grads.buffer().device, "residuals"):
+            groups = self._find(grads).bucket.groups
+        return [tensor for group in groups if isinstance(group, Coded) for tensor in group.residuals()]
 
     def set_loss_scale(self, loss_scale: float) -> None:
         """Tell the residuals that the loss, and so the gradients, are multiplied by `loss_scale` from now on."""
@@ -201,10 +225,7 @@ class HookState:
         return future
 
     def _add(self, grads: GradBucket, buffer: Tensor, future: Future[Tensor]) -> None:
-        known = self._layouts.find(grads, self.progress.index)
-        if known is None:
-            self._land()
-            known = self._layouts.make(grads, self.progress.index)
+        known = self._find(grads)
         sent_before = self.transport.memory.sent_bytes
         laid = self._layouts.lay(known, buffer)
         own = buffer.clone() if self.adaptation.due(self.step) else None
@@ -217,6 +238,13 @@ class HookState:
         self._flight.add(laid, known.route, self.step, arrived)
         self._raw_bytes += raw_bytes(buffer.numel(), self.transport.world_size)
         self._sent_bytes += self.transport.memory.sent_bytes - sent_before
+
+    def _find(self, grads: GradBucket) -> Known:
+        known = self._layouts.find(grads, self.progress.index)
+        if known is None:
+            self._land()
+            known = self._layouts.make(grads, self.progress.index)
+        return known
 
     def _land(self) -> None:
         sent_before = self.transport.memory.sent_bytes

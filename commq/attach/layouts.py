@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -55,11 +56,17 @@ class Layouts:
         self.residual = residual
         self.answer_residual = answer_residual
         self.backend = backend
+        self._live: dict[str, Tensor] = {}
         self._members: dict[int, tuple[str, int]] = {}
         self._next_unit = 0
         self._known: dict[tuple[int, int], Known] = {}
         self._two_levels: bool | None = None
         self._reported = False
+
+    def restart(self, residual: Residual, answer_residual: AnswerResidual | None, live: Mapping[str, Tensor]) -> None:
+        """Forget all buckets; the next have these residuals, and of some parameters only the elements in `live`."""
+        self.residual, self.answer_residual, self._live = residual, answer_residual, dict(live)
+        self._known.clear()
 
     def member(self, parameter: Tensor, name: str | None = None) -> tuple[str, int]:
         """Name and first unit of a parameter; new ones are numbered on."""
@@ -88,7 +95,9 @@ class Layouts:
             name, first_unit = self.member(p)
             fmt, answer = self.recipe.formats_of(name, tuple(p.shape), p.numel(), phase)
             fmt, answer = self.adaptation.now(fmt), self.adaptation.now(answer)
-            members.append(Member(name, offset, p.numel(), fmt, answer, first_unit))
+            live = self._live.get(name) if fmt.kind != "raw" else None
+            numel = p.numel() if live is None else live.numel()
+            members.append(Member(name, offset, numel, fmt, answer, first_unit, live))
             offset += p.numel()
         if self._two_levels is None:
             wants = self.recipe.schedule in ("two_hop", "auto")
@@ -99,7 +108,10 @@ class Layouts:
             schedule = self._route("auto", trial, buffer.device).name
             if schedule == "plain":  # it travels as it stands: nothing to sort, and no residual
                 raw = get_format(RAW[buffer.dtype])
-                members = [replace(m, format=raw, answer=raw) for m in members]
+                members = [
+                    replace(m, format=raw, answer=raw, numel=p.numel(), live=None)
+                    for m, p in zip(members, parameters, strict=True)
+                ]
         bucket = self._bucket(members, buffer, self.residual)
         route = self._route(schedule, bucket, buffer.device)
         if self.answer_residual is not None:

@@ -47,10 +47,25 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    """adamw (betas 0.9 and 0.95) or sgd (momentum 0.9)."""
+    optimizer: Literal[
+        "adamw",
+        "sgd",
+        "onebit-adam",
+        "onebit-lamb",
+        "zero-one-adam",
+        "birder",
+        "ef-signsgd",
+        "signsgd-mv",
+    ] = "adamw"
+    """adamw (betas 0.9 and 0.95) or sgd (momentum 0.9) on gradients that travel by the recipe; or one of those that
+    decide themselves what travels, see commq.optim: they need no recipe."""
     lr: float = 2e-3
     """Peak learning rate; sgd wants about 25 times more than adamw."""
+    momentum_format: str = "sign"
+    """How the momentum of optimizers that send it travels: sign, int4, ..., or fp32 for the same rule uncompressed."""
+    freeze_step: int = 0
+    """Steps until onebit-adam, onebit-lamb and zero-one-adam freeze the variance; 0: a fifth of all steps,
+    and no fewer than warmup."""
     warmup: int = 30
     """Steps over which the learning rate rises linearly from zero to its peak."""
     final_lr: float = 0.05
@@ -62,7 +77,7 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         _require_positive(self, "lr")
-        for name in ("warmup", "final_lr", "weight_decay", "clip"):
+        for name in ("warmup", "final_lr", "weight_decay", "clip", "freeze_step"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} is negative; choose 0 or more")
 
@@ -102,7 +117,7 @@ class Config:
 
     recipe: str = "default"
     """How gradients, and sharded parameters, travel: one of commq.recipes(), or a file. By default int4 for ddp,
-    full-shard for fsdp, hybrid-shard for hsdp."""
+    full-shard for fsdp, hybrid-shard for hsdp. Nothing to optimizers that send a momentum."""
     parallel: Literal["ddp", "fsdp", "hsdp"] = "ddp"
     """ddp: every process has all parameters. fsdp: they are sharded over all processes; hsdp: over those of a host."""
     steps: int = 300
@@ -118,6 +133,11 @@ class Config:
         _require_positive(self, "steps")
         if self.recipe == "default":
             object.__setattr__(self, "recipe", _RECIPES[self.parallel])
+        if self.parallel != "ddp" and self.optimizer.optimizer not in ("adamw", "sgd"):
+            raise ValueError(
+                f"--optimizer {self.optimizer.optimizer} sends a momentum in place of gradients, which needs --parallel "
+                f"ddp; with {self.parallel} choose adamw or sgd"
+            )
 
     def flat(self) -> dict[str, bool | int | float | str | None]:
         """Every field by its name on the command line; plain data."""

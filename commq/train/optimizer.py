@@ -1,22 +1,71 @@
 """Optimizers and the learning rate of a step."""
 
 import math
+from typing import Any
 
 from torch import nn, optim
+from torch.nn.parallel import DistributedDataParallel
 
+from commq.optim import Birder, EFSignSGD, OneBitAdam, OneBitLamb, SignSGD, ZeroOneAdam
+from commq.optim.optimizer import CommOptimizer
+from commq.recipe import Recipe
 from commq.train.config import OptimizerConfig
+
+BETAS = (0.9, 0.95)
 
 
 def make_optimizer(model: nn.Module, config: OptimizerConfig) -> optim.Optimizer:
     """AdamW or SGD over all parameters; weight decay on those with two dimensions or more."""
+    groups = _group(model, config)
+    if config.optimizer == "adamw":
+        return optim.AdamW(groups, lr=config.lr, betas=BETAS, fused=True)
+    return optim.SGD(groups, lr=config.lr, momentum=0.9, fused=True)
+
+
+def make_comm_optimizer(
+    module: nn.Module, config: OptimizerConfig, steps: int, momentum_format: Recipe | None = None
+) -> CommOptimizer | None:
+    """The optimizer that decides what travels, for a run of `steps`; None for one that does not.
+
+    module: a DistributedDataParallel module, which it is paired with, or another (see `CommOptimizer.make_exchange`).
+    momentum_format: in place of the configuration's.
+    """
+    freeze_step = config.freeze_step or max(1, config.warmup, steps // 5)
+    inner: nn.Module = module.module if isinstance(module, DistributedDataParallel) else module
+    momentum = momentum_format or config.momentum_format
+    common: dict[str, Any] = {"params": _group(inner, config), "momentum_format": momentum}
+    adam = {"betas": BETAS} | common
+    match config.optimizer:
+        case "onebit-adam":
+            return OneBitAdam(module, config.lr, freeze_step=freeze_step, decoupled_weight_decay=True, **adam)
+        case "onebit-lamb":
+            return OneBitLamb(module, config.lr, freeze_step=freeze_step, **adam)
+        case "zero-one-adam":
+            # Two thirds of the steps after the freeze are at the longest interval, 16.
+            scaler = max(1, (steps - freeze_step) // 12)
+            return ZeroOneAdam(
+                module,
+                config.lr,
+                var_freeze_step=freeze_step,
+                local_step_scaler=scaler,
+                decoupled_weight_decay=True,
+                **adam,
+            )
+        case "birder":
+            return Birder(module, config.lr, **common)
+        case "ef-signsgd":
+            return EFSignSGD(module, config.lr, 0.9, **common)
+        case "signsgd-mv":
+            return SignSGD(module, config.lr, 0.9, **common)
+    return None
+
+
+def _group(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
     parameters = list(model.parameters())
-    groups = [
+    return [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
-    if config.optimizer == "adamw":
-        return optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
-    return optim.SGD(groups, lr=config.lr, momentum=0.9, fused=True)
 
 
 def learning_rate(step: int, steps: int, config: OptimizerConfig) -> float:

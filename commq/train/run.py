@@ -1,7 +1,6 @@
 """A run from its first or its last saved step to its end: when to log, validate, save and stop."""
 
 import json
-import math
 import os
 import time
 from contextlib import ExitStack, closing
@@ -55,7 +54,7 @@ class Run:
         self._say(f"{ranks}, torch {self._place['torch']}")
         self._say(f"data    {corpus}")
         self._say(f"model   {sum(p.numel() for p in self.trainer.ddp.parameters()) / 1e6:.2f} M parameters")
-        self._say(f"recipe  {recipe}")
+        self._say(f"recipe  {self.trainer.recipe}")
         self._say("config  " + " ".join(f"{name}={value}" for name, value in config.flat().items()))
         if checkpoint is not None:
             self._restore(checkpoint)
@@ -109,15 +108,17 @@ class Run:
         if self.ranks.rank > 0:
             return []
         trainer, output = self.trainer, self.config.output
-        display = Display(self.config.recipe, self.config.steps, trainer.step, trainer.tokens_per_step)
+        display = Display(trainer.recipe.name, self.config.steps, trainer.step, trainer.tokens_per_step)
         return [Metrics(self._out, trainer.step, tensorboard=output.tensorboard), display]
 
     def _measure(self, loss: Tensor, norm: Tensor, start: float, *, validates: bool) -> Row:
         """The step that was just done, as a row; all ranks call it."""
         trainer = self.trainer
-        mean = torch.tensor(loss.item() / self.ranks.world_size, dtype=torch.float64)
-        dist.all_reduce(mean)
-        if not (math.isfinite(mean) and math.isfinite(norm)):
+        # The second is NaN if any rank's norm is not finite: in local steps each rank has its own.
+        totals = torch.tensor([loss.item() / self.ranks.world_size, norm.item() * 0.0], dtype=torch.float64)
+        dist.all_reduce(totals)
+        mean = totals[0]
+        if not totals.isfinite().all():
             raise FloatingPointError(
                 f"step {trainer.step}: loss {mean:.4g}, gradient norm {norm:.4g}, expected finite numbers; "
                 "start again with a lower --lr or a longer --warmup"
@@ -168,6 +169,11 @@ class Run:
                 raise ValueError(
                     f"{path} is of {old_size} processes and there are now {world_size}; start {old_size}, "
                     "or pass --reshard to fold their residuals and go on with another batch per step"
+                )
+            if "apart" in own:
+                raise ValueError(
+                    f"{path} was saved between two meetings of its ranks, which hold different weights; continue with "
+                    f"{old_size} processes, or from a checkpoint of a step at which they met"
                 )
             own["handle"] = self.trainer.fold([load_own(path, old)["handle"] for old in range(old_size)])
         self.trainer.load_state(common, own)

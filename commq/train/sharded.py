@@ -14,11 +14,13 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 
 import commq
 from commq.collectives.hosts import find_hosts
 from commq.collectives.transport import C10d
 from commq.train.model import Block
+from commq.train.optimizer import make_optimizer
 from commq.train.trainer import Trainer
 
 Group = dist.ProcessGroup | tuple[dist.ProcessGroup, dist.ProcessGroup]
@@ -30,7 +32,7 @@ class ShardedTrainer(Trainer):
     A recipe that sends weights as differences keeps parameters after the forward pass (SHARD_GRAD_OP).
     """
 
-    def _attach(self, model: nn.Module, recipe: commq.Recipe) -> tuple[Any, Any]:
+    def _attach(self, model: nn.Module, recipe: commq.Recipe) -> tuple[Any, Any, Optimizer]:
         strategy, group = "SHARD_GRAD_OP" if recipe.weights_difference else "FULL_SHARD", self.ranks.group
         groups: Group = group
         if self.config.parallel == "hsdp":
@@ -45,7 +47,7 @@ class ShardedTrainer(Trainer):
             device_id=self.ranks.device,
             recipe=recipe,
         )
-        return sharded, sharded.handle
+        return sharded, sharded.handle, make_optimizer(model, self.config.optimizer)
 
     def train_step(self) -> tuple[Tensor, Tensor]:
         loss, norm = super().train_step()

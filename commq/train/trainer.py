@@ -8,31 +8,43 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
+from torch.optim import Optimizer
 
 import commq
+from commq.optim.exchange import MomentumExchange
+from commq.optim.optimizer import CommOptimizer
 from commq.train.config import Config
 from commq.train.data import Corpus, train_batch, val_batches
 from commq.train.model import GPT, next_byte_loss
-from commq.train.optimizer import learning_rate, make_optimizer
+from commq.train.optimizer import learning_rate, make_comm_optimizer, make_optimizer
 from commq.train.ranks import Ranks
 
 
 class Trainer:
-    """One rank of a run. `step` counts the finished steps; after each, all ranks hold the same weights."""
+    """One rank of a run. `step` counts the finished steps; after each, all ranks hold the same weights.
+
+    But for the local steps of an optimizer that has them: then each rank saves its own.
+    """
 
     def __init__(self, config: Config, recipe: commq.Recipe, corpus: Corpus, ranks: Ranks) -> None:
         self.config, self.corpus, self.ranks = config, corpus, ranks
         self.step = 0
         torch.manual_seed(config.seed)
         model = GPT(config.model).to(ranks.device)
-        self.ddp, self.handle = self._attach(model, recipe)
-        self.optimizer = make_optimizer(model, config.optimizer)
+        self.handle: Any
+        self.optimizer: Optimizer
+        self.ddp, self.handle, self.optimizer = self._attach(model, recipe)
+        self.recipe = self.optimizer.recipe if isinstance(self.optimizer, CommOptimizer) else recipe
+        """How gradients travel, or what the optimizer sends in their place."""
         self._autocast = torch.autocast("cuda", torch.bfloat16, enabled=ranks.device.type == "cuda")
 
-    def _attach(self, model: torch.nn.Module, recipe: commq.Recipe) -> tuple[Any, Any]:
-        """The model whose gradients travel by `recipe`, and its handle."""
+    def _attach(self, model: torch.nn.Module, recipe: commq.Recipe) -> tuple[Any, Any, Optimizer]:
+        """The model whose gradients travel by `recipe`, its handle and its optimizer."""
         ddp = DistributedDataParallel(model, process_group=self.ranks.group)
-        return ddp, commq.register(ddp, recipe)
+        optimizer = make_comm_optimizer(ddp, self.config.optimizer, self.config.steps)
+        if optimizer is not None:
+            return ddp, optimizer.exchange, optimizer
+        return ddp, commq.register(ddp, recipe), make_optimizer(model, self.config.optimizer)
 
     @property
     def tokens_per_step(self) -> int:
@@ -41,7 +53,11 @@ class Trainer:
         return data.batch * data.accumulate * self.config.model.context * self.ranks.world_size
 
     def train_step(self) -> tuple[Tensor, Tensor]:
-        """Do the next step. Returns this rank's loss and the averaged gradient's norm, on the device."""
+        """Do the next step. Returns this rank's loss and the norm of `.grad`, on the device.
+
+        The norm is of the averaged gradient, or of what the optimizer exchanges in its place; in local steps, of this
+        rank's own gradient.
+        """
         self.step += 1
         rate = learning_rate(self.step, self.config.steps, self.config.optimizer)
         for group in self.optimizer.param_groups:
@@ -77,26 +93,36 @@ class Trainer:
         dist.all_reduce(total)
         return float(total[0] / total[1])
 
+    @property
+    def synchronized(self) -> bool:
+        """All ranks hold the same weights."""
+        return not isinstance(self.handle, MomentumExchange) or self.handle.mode != "local"
+
     def common_state(self) -> dict[str, Any]:
-        """What is the same on every rank."""
-        return {
-            "step": self.step,
-            "model": self.ddp.module.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-        }
+        """What is the same on every rank, if they are synchronized."""
+        optimizer = self.optimizer.state_dict()
+        optimizer.pop("exchange", None)  # this rank's own: the handle
+        return {"step": self.step, "model": self.ddp.module.state_dict(), "optimizer": optimizer}
 
     def own_state(self) -> dict[str, Any]:
         """What this rank alone has."""
         state = {"handle": self.handle.state_dict(), "random": torch.get_rng_state()}
+        if not self.synchronized:
+            state["apart"] = self.common_state()
         if self.ranks.device.type == "cuda":
             state["random_cuda"] = torch.cuda.get_rng_state(self.ranks.device)
         return state
 
     def load_state(self, common: dict[str, Any], own: dict[str, Any]) -> None:
         """Continue from what `common_state` and `own_state` returned."""
+        common = own.get("apart", common)
         self.step = common["step"]
-        self._load_common(common)
-        self.handle.load_state_dict(own["handle"])
+        if isinstance(self.handle, MomentumExchange):
+            self.ddp.module.load_state_dict(common["model"])
+            self.optimizer.load_state_dict(common["optimizer"] | {"exchange": own["handle"]})
+        else:
+            self._load_common(common)
+            self.handle.load_state_dict(own["handle"])
         torch.set_rng_state(own["random"])
         if "random_cuda" in own:
             torch.cuda.set_rng_state(own["random_cuda"], self.ranks.device)
