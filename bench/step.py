@@ -12,7 +12,8 @@ and pyroute2) once and runs this file in it, one process a rank; the rate of the
 row is a new model, and is written to --out as soon as it is known; rows that are there already are not repeated, so
 the same command goes on where it was cut off.
 
-A step is timed from its start to the device's last kernel, on the slowest rank; a row has median, fastest and slowest.
+A step is timed from its start to the device's last kernel, on the slowest rank; a row has median, fastest, slowest
+and mean. The mean is what counts where steps differ (ZeroOneAdam's ranks meet in every 16th).
 "beyond" is the median without that of "no communication"; "host us" is what a hook takes of the host for a bucket.
 "expected" is a model, no measurement: all buckets but the last travel beside the computation, the last one, which has
 the embedding, after it: max(compute, (bytes - last) / rate) + last / rate, with "no communication" as compute.
@@ -30,6 +31,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -43,14 +45,19 @@ from gpt2 import MODELS  # noqa: E402
 from lab import gbit, link_bytes, set_rate  # noqa: E402
 from model import milliseconds  # noqa: E402
 from recipe_text import read_recipe, split_recipes  # noqa: E402
-from step_methods import Method, ddp_methods  # noqa: E402
+from step_fsdp import fsdp_methods  # noqa: E402
+from step_methods import DDP_OPTIONS, Method, ddp_methods  # noqa: E402
 from step_rows import BASELINE, HEAD, Row, line, read_rows  # noqa: E402
 from step_training import Training  # noqa: E402
 from timing import environment  # noqa: E402
 
 RECIPES = "int8 int4 onebit fp8"
-METHODS: dict[str, Callable[[list[str], int], Iterable[Method]]] = {"ddp": ddp_methods}
-"""By --parallel."""
+METHODS: dict[str, Callable[[list[str], int], Iterable[Method]]] = {
+    "ddp": ddp_methods,
+    "fsdp": partial(fsdp_methods, False),
+    "zero2": partial(fsdp_methods, True),
+}
+"""By --parallel: DDP, FSDP2 with full sharding, FSDP2 with parameters kept after the forward pass."""
 STEPS = 2, 12
 """Timed steps: as many as fit in SECONDS, but no fewer and no more than these."""
 SECONDS = 5.0
@@ -72,6 +79,7 @@ class Worker:
             "rows": args.rows,
             "hosts": self.world_size // args.ranks_per_host,
             "ranks_per_host": args.ranks_per_host,
+            "bucket_cap_mb": args.bucket_cap_mb,
         }
         self.environment = environment(args.device) if self.rank == 0 else {}
 
@@ -117,7 +125,7 @@ class Worker:
             training.step()
         self._set_rate(rate)
         first = self._agree(training.timed_step())
-        count = min(max(int(SECONDS / first), STEPS[0]), STEPS[1])
+        count = method.steps or min(max(int(SECONDS / first), STEPS[0]), STEPS[1])
         attached = training.attached
         attached.host_seconds.clear()
         link, sent = link_bytes(), attached.sent_bytes(training.steps)
@@ -127,6 +135,7 @@ class Worker:
         times = [self._agree(seconds) * 1e3 for seconds in times]
         row = {
             "median_ms": statistics.median(times),
+            "mean_ms": statistics.fmean(times),
             "fastest_ms": min(times),
             "slowest_ms": max(times),
             "steps": count,
@@ -179,6 +188,7 @@ def work(args: argparse.Namespace) -> None:
     if args.device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     torch.set_num_threads(1)
+    DDP_OPTIONS["bucket_cap_mb"] = args.bucket_cap_mb
     rows = read_rows(Path(args.out))
     # A rank that failed alone leaves the others waiting: not for long.
     dist.init_process_group("nccl" if args.device == "cuda" else "gloo", timeout=timedelta(seconds=120))
@@ -216,6 +226,7 @@ def main() -> None:
     add("--parallel", default="ddp", choices=tuple(METHODS))
     add("--recipes", default=RECIPES, help=f"of commq, separated by blanks, as bench/recipe_text.py says ({RECIPES})")
     add("--methods", default="", help="only those that begin with one of these, separated by commas")
+    add("--bucket-cap-mb", type=int, default=DDP_OPTIONS["bucket_cap_mb"], help="of DDP, for all rows")
     add("--device", default="cuda", choices=("cpu", "cuda"))
     add("--profile", action="store_true", help="count allocations and synchronizations, too (CUDA)")
     add("--budget", type=float, default=float("inf"), help="seconds after which no new row starts")

@@ -38,6 +38,8 @@ class Attached:
     """Elements of each bucket of the last step, by its number."""
     host_seconds: list[float] = field(default_factory=list)
     """Host time of the hook, one for each bucket of each step."""
+    optimizer: torch.optim.Optimizer | None = None
+    """One that decides what travels; None: AdamW."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,8 @@ class Method:
     """Steps before it is as it will stay; DDP rebuilds its buckets after the first."""
     measures_link: bool = False
     """Its warm-up must see the link as it will be."""
+    steps: int = 0
+    """Steps after which everything has happened, for those whose steps differ: as many are timed."""
 
 
 def ddp_methods(recipes: list[str], world_size: int) -> Iterator[Method]:
@@ -66,6 +70,10 @@ def ddp_methods(recipes: list[str], world_size: int) -> Iterator[Method]:
     for text in recipes:
         recipe = read_recipe(text)
         yield Method(f"commq {text}", partial(_commq, recipe), str(recipe), measures_link=recipe.schedule == "auto")
+    yield Method("commq onebit-adam", _onebit_adam, "OneBitAdam, frozen", warm_up=6)
+    yield Method(
+        "commq zero-one-adam", _zero_one_adam, "ZeroOneAdam, ranks meet in every 16th step", warm_up=33, steps=16
+    )
 
 
 def _plain(sent: Callable[[nn.Module], int], model: nn.Module) -> Attached:
@@ -103,6 +111,23 @@ def _commq(recipe: commq.Recipe, model: nn.Module) -> Attached:
     attached, ddp = _wrap(model)
     handle = commq.register(ddp, recipe)
     attached.sent_bytes = lambda steps: handle.stats().sent_bytes
+    return attached
+
+
+def _onebit_adam(model: nn.Module) -> Attached:
+    attached, ddp = _wrap(model)
+    return _paired(attached, commq.optim.OneBitAdam(ddp, lr=1e-4, freeze_step=2))
+
+
+def _zero_one_adam(model: nn.Module) -> Attached:
+    attached, ddp = _wrap(model)
+    optimizer = commq.optim.ZeroOneAdam(ddp, lr=1e-4, var_freeze_step=2, local_step_scaler=2, local_step_clipper=16)
+    return _paired(attached, optimizer)
+
+
+def _paired(attached: Attached, optimizer: Any) -> Attached:
+    attached.optimizer = optimizer
+    attached.sent_bytes = lambda steps: optimizer.exchange.stats().sent_bytes
     return attached
 
 

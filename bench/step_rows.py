@@ -8,7 +8,7 @@ from typing import Any
 
 BASELINE = "no communication"
 Row = dict[str, Any]
-KEY = ("parallel", "model", "rows", "hosts", "ranks_per_host", "rate", "method")
+KEY = ("parallel", "model", "rows", "hosts", "ranks_per_host", "bucket_cap_mb", "rate", "method")
 """What makes a row the same as another."""
 
 
@@ -19,7 +19,7 @@ def read_rows(path: Path) -> list[Row]:
 
 
 HEAD = (
-    f"{'rate':>9} {'method':<32} {'median':>9} {'fastest':>9} {'slowest':>9} {'expected':>9} {'beyond':>9} ms "
+    f"{'rate':>9} {'method':<32} {'median':>9} {'mean':>9} {'fastest':>9} {'slowest':>9} {'expected':>9} {'beyond':>9} ms "
     f"{'sent MB':>8} {'link MB':>8} {'host us':>8}"
 )
 
@@ -30,7 +30,7 @@ def line(row: Row) -> str:
         return f"{row['rate']:>9} {row['method']:<32} left out: {row['error']}"
     text = f"{row['rate']:>9} {row['method']:<32} " + " ".join(
         f"{row[name]:9.1f}" if row.get(name) is not None else f"{'-':>9}"
-        for name in ("median_ms", "fastest_ms", "slowest_ms", "expected_ms", "beyond_ms")
+        for name in ("median_ms", "mean_ms", "fastest_ms", "slowest_ms", "expected_ms", "beyond_ms")
     )
     sent = f"{row['sent_bytes'] / 1e6:8.2f}" if row["sent_bytes"] is not None else f"{'-':>8}"
     host = f"{row['host_us_per_bucket']:8.0f}" if row["host_us_per_bucket"] is not None else f"{'-':>8}"

@@ -41,7 +41,7 @@ def test_overrides():
 
 def test_what_a_log_shows():
     assert (
-        str(commq.recipe("int4")) == "int4: int4/128:fp32 -> int4/128:fp32, nearest rounding, averaged feedback in fp32"
+        str(commq.recipe("int4")) == "int4: int4/128:bf16 -> int4/128:bf16, nearest rounding, averaged feedback in fp32"
     )
     assert str(commq.recipe("onebit", seed=3)).endswith("int2/256:bf16, nearest rounding, rotation 32, no feedback")
 

@@ -237,7 +237,8 @@ def make_bucket(
             source, group = _code(own, recipe, residual, len(coded) == 1, two_levels, world_size, buffer)
             groups.append(group)
         else:
-            source = Source(sum(m.numel for m in own), buffer.dtype, *pair)
+            # Beside others, a chunk ends at a multiple of 16 bytes anyway; then nothing has to fill what would be left.
+            source = Source(sum(m.numel for m in own), buffer.dtype, *pair, align=8 if len(formats) > 1 else 1)
             groups.append(Raw(tuple(_join(own))))
         sources.append(source)
     return Bucket(tuple(sources), tuple(groups))

@@ -9,6 +9,9 @@ from contextlib import contextmanager
 
 import torch
 
+PENDING = 256
+"""Pairs of events that may wait to be read: asking whether they have passed costs the host more than keeping them."""
+
 
 class Clock:
     """Host time on the CPU; on CUDA the time of what was queued on the side stream, by events that are used again."""
@@ -28,7 +31,8 @@ class Clock:
             finally:
                 self._seconds += time.perf_counter() - start
             return
-        self._collect(wait=False)
+        if len(self._pairs) >= PENDING:
+            self._collect(wait=False)
         pair = self._free.pop() if self._free else self._pair()
         pair[0].record()
         yield

@@ -138,7 +138,7 @@ class Message:
     def take(self, rows: int, nbytes: int) -> Tensor:
         """A buffer of (rows, nbytes); zeros where parts leave gaps, so that what is sent is never stale memory."""
         buffer = self.transport.memory.take(rows, nbytes, self.device)
-        return buffer if len(self.plan.parts) == 1 else buffer.zero_()
+        return buffer.zero_() if self.plan.has_gaps else buffer
 
     def take_received(self, rows: int, nbytes: int) -> Tensor:
         """The same for what a move fills from end to end."""

@@ -44,7 +44,8 @@ class Source:
     def layouts(self, numel: int, chunks: int) -> tuple[Layout, Layout, Layout]:
         """Layouts of both hops, and of the one inside a host, for a run of `numel` elements."""
         if self.is_raw(chunks):
-            plain = Layout(get_format(RAW[self.dtype]), numel, chunks)
+            align = self.align if self.format.kind == "raw" else 1
+            plain = Layout(get_format(RAW[self.dtype]), numel, chunks, align)
             return plain, plain, plain
         layout, answer, inside = (
             Layout(fmt, numel, chunks, self.unit) for fmt in (self.format, self.answer, self.inside or self.format)
@@ -108,6 +109,12 @@ class Plan:
     def inside_bytes(self) -> int:
         """Bytes of a row inside a host: one chunk of every part."""
         return _row([(part.inside_offset, part.inside) for part in self.parts])
+
+    @cached_property
+    def has_gaps(self) -> bool:
+        """Rows have bytes between parts that no codec writes."""
+        layouts = (layout for part in self.parts for layout in (part.layout, part.answer, part.inside))
+        return len(self.parts) > 1 and any(layout.chunk_bytes % 16 for layout in layouts)
 
     @property
     def nbytes(self) -> int:

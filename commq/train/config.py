@@ -135,8 +135,8 @@ class Config:
             object.__setattr__(self, "recipe", _RECIPES[self.parallel])
         if self.parallel != "ddp" and self.optimizer.optimizer not in ("adamw", "sgd"):
             raise ValueError(
-                f"--optimizer {self.optimizer.optimizer} sends a momentum in place of gradients, which needs --parallel "
-                f"ddp; with {self.parallel} choose adamw or sgd"
+                f"--optimizer {self.optimizer.optimizer} sends a momentum in place of gradients, which needs "
+                f"--parallel ddp; with {self.parallel} choose adamw or sgd"
             )
 
     def flat(self) -> dict[str, bool | int | float | str | None]:
