@@ -112,7 +112,7 @@ class Worker:
         errors: list[str | None] = [None] * self.world_size
         dist.all_gather_object(errors, error, group=self.clock)
         if self.device.type == "cuda":
-            gc.collect()  # DDP and its reducer hold each other, and the memory of the model
+            collect()
             torch.cuda.empty_cache()
         failed = [text for text in errors if text is not None]
         return {"error": failed[0][:500]} if failed else found
@@ -182,6 +182,12 @@ class Worker:
         total = torch.tensor([value], dtype=torch.float64)
         dist.all_reduce(total, dist.ReduceOp.MAX, group=self.clock)
         return float(total)
+
+
+def collect() -> None:
+    """Free the memory of a model: DDP and its reducer hold each other, and when they go, a hook and its optimizer."""
+    gc.collect()
+    gc.collect()
 
 
 def work(args: argparse.Namespace) -> None:

@@ -1,7 +1,6 @@
 """bench/step.py: every method trains on two processes, and bytes and times are what its model says."""
 
 import argparse
-import gc
 import sys
 import weakref
 from pathlib import Path
@@ -14,7 +13,7 @@ sys.path.append(str(Path(__file__).parent.parent / "bench"))
 from gpt2 import GPT2, MODELS
 from harness import process_ranks
 from lab import set_rate
-from step import Worker
+from step import Worker, collect
 from step_methods import ddp_methods
 from step_rows import BASELINE, read_rows
 from step_training import Training
@@ -24,6 +23,7 @@ def arguments(**changed):
     found = {
         "hosts": 2,
         "ranks_per_host": 1,
+        "bucket_cap_mb": 25,
         "rates": "unshaped",
         "model": "tiny",
         "rows": 1,
@@ -75,12 +75,13 @@ def test_every_method_has_a_row():
         training.step()
         parameter = weakref.ref(next(training.attached.module.parameters()))
         del training
-        gc.collect()
+        collect()
         assert parameter() is None, f"{method.name} keeps its model"
 
 
 def test_the_newest_row_counts(tmp_path):
-    line = '{{"parallel": "ddp", "model": "tiny", "rows": 1, "hosts": 2, "ranks_per_host": 1, "rate": "{}", {}}}\n'
+    setting = '"parallel": "ddp", "model": "tiny", "rows": 1, "hosts": 2, "ranks_per_host": 1, "bucket_cap_mb": 25'
+    line = "{{" + setting + ', "rate": "{}", {}}}\n'
     path = tmp_path / "step.jsonl"
     path.write_text(
         line.format("1gbit", '"method": "a", "error": "x"')

@@ -12,6 +12,8 @@ from commq.recipe import Recipe
 from commq.train.config import OptimizerConfig
 
 BETAS = (0.9, 0.95)
+FROZEN_BETAS = (0.9, 0.999)
+"""Of optimizers that freeze the variance: one averaged over 20 steps has entries near zero, which then stay there."""
 
 
 def make_optimizer(model: nn.Module, config: OptimizerConfig) -> optim.Optimizer:
@@ -34,7 +36,7 @@ def make_comm_optimizer(
     inner: nn.Module = module.module if isinstance(module, DistributedDataParallel) else module
     momentum = momentum_format or config.momentum_format
     common: dict[str, Any] = {"params": _group(inner, config), "momentum_format": momentum}
-    adam = {"betas": BETAS} | common
+    adam = {"betas": FROZEN_BETAS} | common
     match config.optimizer:
         case "onebit-adam":
             return OneBitAdam(module, config.lr, freeze_step=freeze_step, decoupled_weight_decay=True, **adam)
