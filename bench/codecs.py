@@ -94,7 +94,8 @@ class Bench:
             rate = self.copy_rate(nbytes)
             timing = time_calls(build, nbytes, self.device, graph=graph)
         except Exception as error:  # one row that fails must not lose the others
-            self.problems.append(f"{implementation} {what}, {numel} elements: {type(error).__name__}: {error}")
+            reason = str(error).partition("\n")[0]  # compilers append what they compiled
+            self.problems.append(f"{implementation} {what}, {numel} elements: {type(error).__name__}: {reason}")
             return
         row = self._row(implementation, what, family, numel, nbytes, timing, rate, bar)
         self.rows.append(row)
