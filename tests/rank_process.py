@@ -90,13 +90,11 @@ def _init_process(rank: int, job: Job) -> None:
         torch.cuda.set_device(rank % torch.cuda.device_count())
         if job.share_gpu:  # NCCL refuses this unless the ranks seem to be on different hosts
             os.environ.update(NCCL_HOSTID=str(rank), NCCL_SOCKET_IFNAME=loopback, NCCL_IB_DISABLE="1")
-    dist.init_process_group(
-        job.backend,
-        store=dist.TCPStore("127.0.0.1", job.port),
-        rank=rank,
-        world_size=job.world_size,
-        timeout=timedelta(seconds=job.timeout),
-    )
+    store, timeout = dist.TCPStore("127.0.0.1", job.port), timedelta(seconds=job.timeout)
+    dist.init_process_group(job.backend, store=store, rank=rank, world_size=job.world_size, timeout=timeout)
+    # A rank that ends at once must not be gone before the others have connected to it.
+    store.set(f"connected/{rank}", "")
+    store.wait([f"connected/{each}" for each in range(job.world_size)], timeout)
 
 
 def _format_with_locals(error: BaseException, file: str) -> str:
