@@ -160,7 +160,8 @@ class HookState:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore `state_dict()`, to the bit. At another world size, `commq.fold` the residuals first.
 
-        With feedback of the answer it is a collective: all ranks call it.
+        What is left of a step that an error broke off is forgotten. With feedback of the answer it is a collective:
+        all ranks call it.
         Raises ValueError if the state is of another recipe or, where the parameters are known, another model.
         """
         for name, values in state["residual"]["values"].items() if self._numels else ():
@@ -169,6 +170,8 @@ class HookState:
                     f"rank {self.transport.rank}: the state's residual of {name!r} has {values.numel()} elements, "
                     f"the module's has {self._numels.get(name, 0)}; load the state of this model"
                 )
+        self._flight.abandon()
+        self._bucket = -1  # a step that was broken off
         self.residual.load_state_dict(state["residual"])
         if self.answer_residual is not None:
             self.answer_residual.load_state_dict(state["residual"]["answer"])

@@ -118,7 +118,7 @@ class Residual:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over saved residuals; parameters not bound yet get theirs when they are.
+        """Take over saved residuals, zeros where none were saved; parameters not bound yet get theirs later.
 
         Raises ValueError if the rule, the storage, the block or a parameter's length differs.
         """
@@ -129,6 +129,7 @@ class Residual:
                 f"residuals were saved with (rule, storage, block)={found}, this recipe has {expected}; "
                 "resume with the recipe they were saved with, or leave the residuals out to start from zero"
             )
+        self.zero_()
         for name, values in state["values"].items():
             known, scales = self._by_name.get(name), state["scales"].get(name)
             if known is None:
