@@ -191,8 +191,10 @@ def test_frozen_steps_send_a_25th_of_fp32():
 
 
 @thread_ranks(3)
-def test_a_nan_of_one_rank_arrives_on_all_and_a_skipped_step_changes_nothing():
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+@pytest.mark.parametrize("grows", [False, True])
+def test_a_nan_of_one_rank_arrives_on_all_and_a_skipped_step_changes_nothing(grows):
+    """grows: the scale has just grown, as it mostly has when a step is skipped."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=8 if grows else 100)
     module = Weights()
     optimizer = OneBitAdam(module, LR, BETAS, EPS, freeze_step=5, grad_scaler=scaler)
     optimizer.make_exchange(C10d())
@@ -215,15 +217,20 @@ def test_a_nan_of_one_rank_arrives_on_all_and_a_skipped_step_changes_nothing():
     assert not any(step(number) for number in range(8))
     weights, before = parameters_of(module), copy.deepcopy(optimizer.state_dict())
     assert step(8, poison=True)
-    assert scaler.get_scale() == 512.0
+    assert scaler.get_scale() == (1024.0 if grows else 512.0)
     assert torch.equal(parameters_of(module), weights)
     optimizer.zero_grad()
     optimizer.exchange._begin()  # the next backward pass gives the residuals back
     after = optimizer.state_dict()
     for key, state in before["state"].items():
         assert all(torch.equal(value, after["state"][key][name]) for name, value in state.items())
-    for name, values in before["exchange"]["residual"]["values"].items():
-        assert torch.equal(values, after["exchange"]["residual"]["values"][name]) and values.any()
+    was, now = before["exchange"]["residual"], after["exchange"]["residual"]
+    for name, values in was["values"].items():
+        assert torch.equal(values / was["loss_scale"], now["values"][name] / now["loss_scale"]) and values.any()
+    was, now = was["answer"], now["answer"]
+    for name, runs in was["runs"].items():
+        for (_, values), (_, again) in zip(runs, now["runs"][name], strict=True):
+            assert torch.equal(values / was["loss_scale"], again / now["loss_scale"])
     step(9)
     assert same_on_all_ranks(parameters_of(module)) and parameters_of(module).isfinite().all()
 

@@ -109,8 +109,11 @@ class HookState:
         """The tensors of feedback, of both hops, that exchanging this bucket will change."""
         if self.transport.world_size == 1:
             return []
+        is_new = self._layouts.find(grads, self.progress.index) is None
         with self._flight.on(grads.buffer().device, "residuals"):
             groups = self._find(grads).bucket.groups
+        if is_new:
+            self._flight.join(grads.buffer().device)
         return [tensor for group in groups if isinstance(group, Coded) for tensor in group.residuals()]
 
     def set_loss_scale(self, loss_scale: float) -> None:

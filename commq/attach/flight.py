@@ -61,6 +61,11 @@ class Flight:
         """Wait for all that is under way (on CUDA the side stream does)."""
         self._exchange.finish()
 
+    def join(self, device: torch.device) -> None:
+        """On CUDA, make the current stream wait for what the side stream has queued."""
+        if self._side is not None:
+            torch.cuda.current_stream(device).wait_stream(self._side)
+
     def abandon(self) -> None:
         """Forget what is under way, after an error."""
         self._exchange.abandon()
