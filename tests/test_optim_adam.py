@@ -247,6 +247,39 @@ def test_arguments_are_refused_with_a_reason():
         OneBitAdam(module, group=object(), grad_scaler=torch.amp.GradScaler("cpu"))
 
 
+@pytest.mark.parametrize(
+    ("make", "warns"),
+    [
+        (lambda: OneBitAdam(Weights(), betas=(0.9, 0.95), freeze_step=1000), "about 20 steps"),
+        (lambda: OneBitAdam(Weights(), betas=(0.9, 0.95)), "about 20 steps"),
+        (lambda: OneBitAdam(Weights(), freeze_step=19), "about 19 steps"),
+        (lambda: commq.optim.OneBitLamb(Weights(), betas=(0.9, 0.98), freeze_step=1000), "about 50 steps"),
+        (lambda: commq.optim.ZeroOneAdam(Weights(), var_freeze_step=40, var_update_scaler=4), "about 14 steps"),
+        (lambda: OneBitAdam(Weights(), betas=(0.9, 0.99), freeze_step=20), ""),
+        (lambda: OneBitAdam(Weights()), ""),
+        (lambda: commq.optim.ZeroOneAdam(Weights(), var_freeze_step=40), ""),
+    ],
+)
+def test_a_variance_that_forgets_or_saw_little_is_warned_of(make, warns, caplog):
+    make()
+    found = [record.getMessage() for record in caplog.records if record.name == "commq"]
+    assert len(found) == bool(warns) and warns in "".join(found)
+
+
+@thread_ranks(2)
+def test_ranks_that_would_send_something_else_are_refused():
+    rank, options = dist.get_rank(), {"group": dist.group.WORLD}
+    for make in (
+        lambda: OneBitAdam(Weights(), freeze_step=20 + rank, **options),
+        lambda: OneBitAdam(Weights(), freeze_step=20, betas=(0.9, 0.999 - 0.001 * rank), **options),
+        lambda: commq.optim.ZeroOneAdam(Weights(), var_freeze_step=40, local_step_scaler=9 + rank, **options),
+        lambda: commq.optim.OneBitSGD(Weights(), warmup_steps=rank, **options),
+        lambda: (commq.optim.EFSignSGD if rank else commq.optim.SignSGD)(Weights(), **options),
+    ):
+        with pytest.raises(ValueError, match=r"the optimizer differs between ranks: rank 0 has .*, rank 1 has "):
+            make()
+
+
 @thread_ranks(1)
 def test_a_step_too_many_or_too_few_is_refused():
     module, optimizer = make(freeze_step=1)
