@@ -22,6 +22,7 @@ from torch.autograd import Variable
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
+from commq.attach.agree import agree_on_recipe
 from commq.attach.answer_residual import AnswerResidual
 from commq.attach.bucket import Coded
 from commq.attach.check import check_replicas
@@ -35,7 +36,6 @@ from commq.policy.adaptation import Adaptation
 from commq.policy.phase import Progress
 from commq.policy.rule import check_rules
 from commq.recipe import Recipe
-from commq.recipes import recipe as get_recipe
 from commq.stats import Stats
 
 
@@ -68,7 +68,8 @@ class HookState:
         if module is not None and group is None:
             group = module.process_group
         self.transport: Transport = C10d(group) if transport is None else transport
-        self.recipe = _resolve(recipe, self.transport)
+        self.recipe = agree_on_recipe(recipe, [self.transport], _check_recipe)
+        check_equal("check_every", str(check_every), self.transport)
         self.grad_scaler = grad_scaler
         self.check_every = check_every
         self.residual = Residual(self.recipe.feedback, self.recipe.format.block)
@@ -327,25 +328,12 @@ def register(
     return handle
 
 
-def _resolve(recipe: object, transport: Transport) -> Recipe:
-    """The recipe that all ranks agree on; the same error on every rank if they do not."""
-    failure: Exception | None = None
-    try:
-        resolved = get_recipe(recipe) if isinstance(recipe, str | Path | Mapping) else recipe
-        if not isinstance(resolved, Recipe):
-            raise TypeError(f"recipe is a {type(recipe).__name__}, expected a commq.Recipe, a name, a dict or a file")
-        if resolved.is_for_shards:
-            raise ValueError(
-                f"recipe {resolved.name!r} says how sharded parameters travel, which DDP does not send; use it with "
-                "commq.FSDP, or weights=None, secondary=False"
-            )
-    except (OSError, TypeError, ValueError) as error:
-        failure = error
-    check_equal("the recipe", str(failure) if failure else repr(resolved), transport)
-    if failure:
-        raise failure
-    assert isinstance(resolved, Recipe)
-    return resolved
+def _check_recipe(recipe: Recipe) -> None:
+    if recipe.is_for_shards:
+        raise ValueError(
+            f"recipe {recipe.name!r} says how sharded parameters travel, which DDP does not send; use it with "
+            "commq.FSDP, or weights=None, secondary=False"
+        )
 
 
 def _in_backward() -> bool:
