@@ -51,6 +51,8 @@ class Flight:
                 laid.scatter()
                 arrived()
 
+        if self._side is not None:
+            laid.buffer.record_stream(self._side)  # an error may free it before the side stream has passed it
         laid.gather(step)
         for message in laid.messages:
             self._exchange.add(route.build(message), ended)
