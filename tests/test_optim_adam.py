@@ -191,6 +191,30 @@ def test_frozen_steps_send_a_25th_of_fp32():
 
 
 @thread_ranks(3)
+def test_an_optimizer_in_use_goes_back_to_the_bit():
+    """From coded steps to others, and to warm-up, after which other elements may never have had a gradient."""
+    module, optimizer = make(freeze_step=4)
+    saved = {}
+    for step in range(8):
+        saved[step] = copy.deepcopy((module.state_dict(), optimizer.state_dict()))
+        run(module, optimizer, [step])
+    end = parameters_of(module)
+    for start in (6, 2):
+        module.load_state_dict(saved[start][0])
+        optimizer.load_state_dict(saved[start][1])
+        run(module, optimizer, range(start, 8))
+        assert torch.equal(parameters_of(module), end)
+
+    optimizer.load_state_dict(saved[2][1])
+    for step in range(2, 6):
+        set_gradients(module, step)
+        module.table.grad += 1.0
+        optimizer.step()
+    assert optimizer.frozen and optimizer.exchange.state_dict()["residual"]["values"]["table"].numel() == 40 * 72
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+
+
+@thread_ranks(3)
 @pytest.mark.parametrize("grows", [False, True])
 def test_a_nan_of_one_rank_arrives_on_all_and_a_skipped_step_changes_nothing(grows):
     """grows: the scale has just grown, as it mostly has when a step is skipped."""

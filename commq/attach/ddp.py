@@ -87,9 +87,11 @@ class HookState:
         self._module = weakref.ref(module) if module is not None else None
         """DDP's reducer, which the module owns, holds this state."""
         self._numels: dict[str, int] = {}
+        """Elements of each parameter that travel, as far as they are known."""
         for name, parameter in named if module is None else module.module.named_parameters():
             self._layouts.member(parameter, name)
             self._numels[name] = parameter.numel()
+        self._all_numels = dict(self._numels)
         if self._numels:
             check_rules(self.recipe.rules, self._numels)
 
@@ -100,7 +102,7 @@ class HookState:
         format is not raw. The others, which have to be zero on all ranks, stay as they are in the bucket and count in
         no block's scale: codes without a zero, such as sign, would move them. The same on all ranks.
         """
-        self._numels |= {name: index.numel() for name, index in live.items()}
+        self._numels = self._all_numels | {name: index.numel() for name, index in live.items()}
         self.residual = Residual(self.recipe.feedback, self.recipe.format.block)
         if self.answer_residual is not None:
             self.answer_residual = AnswerResidual(self.transport)
@@ -317,7 +319,8 @@ def register(
     followed by the residuals (or call `handle.set_loss_scale` yourself). check_every: before every so many steps,
     compare the bits of all ranks' parameters; ReplicaError, the same on every rank, names the first that differs
     (0: never; it waits for the device). Returns the handle: `stats()`, `write()`, `state_dict()`, `load_state_dict()`.
-    Raises ValueError, the same on every rank, if the ranks' recipes differ; TypeError if `ddp` is no DDP module.
+    Raises ValueError, the same on every rank, if the ranks' recipes or check_every differ; TypeError if `ddp` is no
+    DDP module.
     """
     if not isinstance(ddp, DistributedDataParallel):
         raise TypeError(
