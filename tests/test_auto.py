@@ -46,7 +46,6 @@ def test_curves_are_straight_between_points_and_beyond_the_last():
     curve = Curve(((100, 1000), (200, 3000), (400, 4000)))
     asked = {0: 1000, 100: 1000, 150: 2000, 200: 3000, 300: 3500, 400: 4000, 800: 6000}
     assert {nbytes: curve.nanoseconds(nbytes) for nbytes in asked} == asked
-    assert curve.bytes_per_second == 200_000_000
     assert rising([(1, 50), (2, 30), (3, 40)]).points == ((1, 30), (2, 30), (3, 40))
     assert Curve(((5, 7),)).nanoseconds(1000) == 7
 
