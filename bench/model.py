@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from commq.codecs.formats import get_format
 from commq.collectives.arguments import PIECE_BYTES
-from commq.collectives.plan import Source, make_plans
+from commq.collectives.plan import Source, make_plans, ring_bytes
 
 PLAIN = {"fp32": 4, "bf16": 2}
 
@@ -30,7 +30,7 @@ def all_reduce_bytes(
 ) -> int:
     """Bytes that a host sends to others in an all-reduce of `numel` elements, two-shot unless `format` is plain."""
     if format in PLAIN:
-        return ring_bytes(numel * PLAIN[format], world_size)
+        return ring_bytes(numel, PLAIN[format], world_size)
     fmt = get_format(format)
     plans = make_plans((Source(numel, dtype, fmt, fmt),), world_size=world_size, piece_bytes=PIECE_BYTES["cuda"])
     away = world_size - ranks_per_host
@@ -40,13 +40,8 @@ def all_reduce_bytes(
 def gather_bytes(numel: int, format: str, *, world_size: int, dtype: torch.dtype = torch.float32) -> int:
     """Bytes that a rank sends in a reduce-scatter of `numel` elements, or in an all-gather of as many, all told."""
     if format in PLAIN:
-        return ring_bytes(numel * PLAIN[format], world_size) // 2
+        return ring_bytes(numel, PLAIN[format], world_size) // 2
     return all_reduce_bytes(numel, format, world_size=world_size, dtype=dtype) // 2
-
-
-def ring_bytes(nbytes: int, world_size: int) -> int:
-    """Bytes that each rank sends in a ring all-reduce of `nbytes`."""
-    return 2 * (world_size - 1) * nbytes // world_size
 
 
 def milliseconds(nbytes: int, gbit: float) -> float:

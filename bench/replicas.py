@@ -16,35 +16,12 @@ from torch.nn.utils import clip_grad_norm_
 
 import commq
 from commq.collectives.transport import Transport
-from commq.optim.exchange import MomentumExchange
+from commq.optim.exchange import FlatBucket, MomentumExchange
 from commq.optim.optimizer import CommOptimizer
 from commq.train.config import OptimizerConfig
 from commq.train.model import next_byte_loss
 from commq.train.optimizer import make_optimizer
 from thread_ranks import Ranks
-
-
-class Flat:
-    """A rank's gradients as one vector, with the methods of DDP's GradBucket."""
-
-    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
-        self._parameters = list(parameters)
-        self._buffer = torch.zeros(sum(p.numel() for p in parameters), device=self._parameters[0].device)
-        parts = self._buffer.split([p.numel() for p in parameters])
-        self.views = [part.view_as(p) for part, p in zip(parts, parameters, strict=True)]
-
-    def buffer(self) -> Tensor:
-        return self._buffer
-
-    def index(self) -> int:
-        return 0
-
-    def parameters(self) -> list[nn.Parameter]:
-        return self._parameters
-
-    def is_last(self) -> bool:
-        return True
-
 
 Handle = commq.HookState | MomentumExchange
 
@@ -58,7 +35,7 @@ class Update(Protocol):
     def make_handle(self, recipe: commq.Recipe, rank: int, transport: Transport) -> Handle:
         """What a rank's buckets are handed to. Called on all ranks together, each in its thread."""
 
-    def apply(self, buckets: Sequence[Flat], rate: float) -> None:
+    def apply(self, buckets: Sequence[FlatBucket], rate: float) -> None:
         """Change the weights by what the ranks have received."""
 
 
@@ -73,7 +50,7 @@ class GradientUpdate:
     def make_handle(self, recipe: commq.Recipe, rank: int, transport: Transport) -> Handle:
         return commq.HookState(recipe, named=self.models[0].named_parameters(), transport=transport)
 
-    def apply(self, buckets: Sequence[Flat], rate: float) -> None:
+    def apply(self, buckets: Sequence[FlatBucket], rate: float) -> None:
         step_with(self.optimizer, buckets[0], rate, self.clip)
 
 
@@ -88,12 +65,12 @@ class MomentumUpdate:
     def make_handle(self, recipe: commq.Recipe, rank: int, transport: Transport) -> Handle:
         return self.optimizers[rank % len(self.models)].make_exchange(transport)
 
-    def apply(self, buckets: Sequence[Flat], rate: float) -> None:
+    def apply(self, buckets: Sequence[FlatBucket], rate: float) -> None:
         for optimizer, bucket in zip(self.optimizers, buckets, strict=False):
             step_with(optimizer, bucket, rate, self.clip)
 
 
-def step_with(optimizer: torch.optim.Optimizer, bucket: Flat, rate: float, clip: float) -> None:
+def step_with(optimizer: torch.optim.Optimizer, bucket: FlatBucket, rate: float, clip: float) -> None:
     """A step with what stands in a bucket, clipped to a norm."""
     for group in optimizer.param_groups:
         group["lr"] = rate
@@ -109,7 +86,7 @@ class Replicas:
     def __init__(self, recipe: commq.Recipe, update: Update, world_size: int) -> None:
         self.model, self.update = update.models[0], update
         self.models = [update.models[rank % len(update.models)] for rank in range(world_size)]
-        self.buckets = [Flat(list(model.parameters())) for model in self.models]
+        self.buckets = [FlatBucket(list(model.parameters())) for model in self.models]
         self.device = self.buckets[0].buffer().device
         self.ranks = Ranks(world_size)
         self.handles = self.ranks.run(lambda rank: update.make_handle(recipe, rank, self.ranks.transports[rank]))

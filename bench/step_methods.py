@@ -15,7 +15,7 @@ from torch.distributed.algorithms.ddp_comm_hooks import debugging_hooks, default
 from torch.nn.parallel import DistributedDataParallel
 
 import commq
-from model import ring_bytes
+from commq.collectives.plan import ring_bytes
 from recipe_text import read_recipe
 from step_peers import peer_hooks
 
@@ -95,7 +95,7 @@ def _hooked(
 
 def _ring(world_size: int, itemsize: int, model: nn.Module) -> int:
     """Bytes of plain all-reduces of the gradients, as rings."""
-    return ring_bytes(sum(p.numel() for p in model.parameters()) * itemsize, world_size)
+    return ring_bytes(sum(p.numel() for p in model.parameters()), itemsize, world_size)
 
 
 def _none(model: nn.Module) -> int:

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from commq.collectives.memory import Memory
-from commq.collectives.transport import ring_bytes
+from commq.collectives.plan import ring_bytes
 
 T = TypeVar("T")
 PATIENCE = 300.0
@@ -111,7 +111,7 @@ class ThreadTransport:
 
     def all_reduce(self, tensor: Tensor, op: dist.ReduceOp.RedOpType) -> _Done:
         """In rank order; a library may add floats in another one."""
-        self.memory.sent_bytes += ring_bytes(tensor, self.world_size)
+        self.memory.sent_bytes += ring_bytes(tensor.numel(), tensor.element_size(), self.world_size)
         first, *others = self._show(tensor)
         total = first.clone()
         for other in others:

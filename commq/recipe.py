@@ -77,9 +77,7 @@ class Recipe:
     def __post_init__(self) -> None:
         for name, kind in _KINDS.items():
             value = getattr(self, name)
-            if not isinstance(value, kind) and not (
-                value is None and name in ("rotation", "answer", "inside", "weights")
-            ):
+            if not isinstance(value, kind) and not (value is None and name in _OPTIONAL):
                 raise ValueError(f"{name}={value!r}: expected a commq.{kind.__name__}")
         for name, kind in (("rules", Rule), ("phases", Phase)):
             value = getattr(self, name)

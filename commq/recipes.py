@@ -207,7 +207,7 @@ def recipe(name: str | Path | Mapping[str, Any], **overrides: Any) -> Recipe:
             overrides[key] = _format(overrides[key])
     if isinstance(overrides.get("rotation"), int):
         overrides["rotation"] = Rotation(size=overrides["rotation"])
-    for key, kind in (("rotation", Rotation), ("exempt", Exempt), ("adapt", Adapt)):
+    for key, kind in (("rotation", Rotation), ("exempt", Exempt), ("adapt", type(base.adapt) if base.adapt else Adapt)):
         if isinstance(overrides.get(key), Mapping):
             overrides[key] = _make(kind, overrides[key], key)
     for key in ("feedback", "answer_feedback"):

@@ -40,7 +40,7 @@ def test_fixed_levels_stay():
 def test_widths_follow_the_gradients_on_all_ranks():
     """mu so small that 4 bits are needed, then so large that 1 bit will do; a resumed run has the same."""
     for mu, expected in ((1e-6, "eden4"), (1e6, "eden1")):
-        recipe = commq.recipe("double-quantization", adapt=commq.Widths(mu=mu, every=2))
+        recipe = commq.recipe("double-quantization", adapt={"mu": mu, "every": 2})
         ddp, handle = make(recipe)
         assert handle.adaptation.format.name == "eden2"
         backward(ddp, 0)

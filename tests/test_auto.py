@@ -5,14 +5,18 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 
 import commq
+from commq.attach.bucket import make_bucket
 from commq.codecs.formats import get_format
 from commq.collectives.cost import Costs, choose, predict
 from commq.collectives.hosts import Hosts
 from commq.collectives.link import Curve, rising
 from commq.collectives.memory import memory_of
 from commq.collectives.plan import Source, make_plan, make_plans
+from commq.collectives.route import Route
+from fake_bucket import FakeBucket, Recorder, exchange_all
 from harness import process_ranks, rank_generator, run_threads, thread_ranks
 
 SIZES = [4096 << i for i in range(17)]  # 4 KiB .. 256 MiB
@@ -42,7 +46,6 @@ def test_curves_are_straight_between_points_and_beyond_the_last():
     curve = Curve(((100, 1000), (200, 3000), (400, 4000)))
     asked = {0: 1000, 100: 1000, 150: 2000, 200: 3000, 300: 3500, 400: 4000, 800: 6000}
     assert {nbytes: curve.nanoseconds(nbytes) for nbytes in asked} == asked
-    assert curve.bytes_per_second == 200_000_000
     assert rising([(1, 50), (2, 30), (3, 40)]).points == ((1, 30), (2, 30), (3, 40))
     assert Curve(((5, 7),)).nanoseconds(1000) == 7
 
@@ -109,6 +112,27 @@ def choose_nothing_twice():
 @process_ranks(2)
 def test_a_known_message_is_not_measured_again():
     assert choose_nothing_twice()
+
+
+@pytest.mark.parametrize("recipe", ["int4", "onebit", "qsgd"])
+def test_a_bucket_of_ddp_is_laid_out_once_and_measured_without_its_residual(recipe, monkeypatch):
+    laid = []
+
+    def spy(members, recipe, residual, *, buffer, **options):
+        laid.append((buffer.device.type, make_bucket(members, recipe, residual, buffer=buffer, **options)))
+        return laid[-1][1]
+
+    monkeypatch.setattr("commq.attach.layouts.make_bucket", spy)
+    state = commq.HookState(commq.recipe(recipe, schedule="auto"), transport=Recorder())
+    monkeypatch.setattr(state._layouts, "_route", lambda name, bucket, device: Route("two_shot", plans(bucket)))
+    parameters = [nn.Parameter(torch.randn(shape)) for shape in ((65, 70), (70,))]
+    exchange_all(state, [FakeBucket(0, parameters, True)])
+    (trial, trial_bucket), (real, bucket) = laid
+    assert (trial, real) == ("meta", "cpu") and trial_bucket.sources == bucket.sources
+
+
+def plans(bucket):
+    return make_plans(bucket.sources, world_size=2, piece_bytes=4 << 20)
 
 
 @thread_ranks(2)

@@ -320,16 +320,21 @@ def test_an_unknown_recipe_on_one_rank_fails_on_every_rank():
 
 def register_own_recipe():
     torch.manual_seed(0)
+    rank = dist.get_rank()
     ddp = DistributedDataParallel(Net())
-    try:
-        commq.register(ddp, "int4" if dist.get_rank() else commq.recipe("int4", block=64))
-    except ValueError as error:
-        return str(error)
-    return "no error"
+    found = []
+    for recipe, check_every in (("int4" if rank else commq.recipe("int4", block=64), 0), ("int4", 2 - rank)):
+        with pytest.raises(ValueError, match="differs between ranks") as raised:
+            commq.register(ddp, recipe, check_every=check_every)
+        found.append(str(raised.value))
+    return found
 
 
-def test_different_recipes_fail_on_every_rank():
-    messages = run_processes(register_own_recipe, 3)
+def test_different_arguments_fail_on_every_rank():
+    messages, checks = zip(*run_processes(register_own_recipe, 3), strict=True)
+    assert set(checks) == {
+        "check_every differs between ranks: rank 0 has 2, rank 1 has 1; start every rank with the same one"
+    }
     assert len(set(messages)) == 1
     assert "the recipe differs between ranks: rank 0 has Recipe(name='int4'" in messages[0]
     assert "rank 1 has Recipe(name='int4'" in messages[0] and "block=64" in messages[0]

@@ -71,9 +71,11 @@ def test_state_of_another_recipe_is_refused(residual):
     with pytest.raises(ValueError, match="saved with"):
         Residual(residual.feedback, 2 * BLOCK).load_state_dict(state)
     other = Residual(residual.feedback, BLOCK)
-    other.bind([Segment("a", 0, 63)], 64, torch.device("cpu"))
+    stored = filled(other, [Segment("b", 0, 40), Segment("a", 64, 63)], 128)
+    before = stored.to_float(BLOCK).clone()
     with pytest.raises(ValueError, match="'a' has 64 elements in the checkpoint, the parameter has 63"):
         other.load_state_dict(state)
+    assert torch.equal(stored.to_float(BLOCK), before) and before.any()
 
 
 def test_classic_loses_nothing_to_the_bit():

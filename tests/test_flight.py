@@ -11,8 +11,9 @@ from torch.nn.parallel import DistributedDataParallel
 import commq
 from against_plain import Net, backward, batch, grads_of, run, same_bits, same_on_all_ranks, vector
 from commq.collectives.arguments import PIECE_BYTES
-from fake_bucket import Recorder, buckets_of, exchange_all
-from harness import process_ranks
+from commq.collectives.transport import C10d
+from fake_bucket import FakeBucket, Recorder, buckets_of, exchange_all
+from harness import process_ranks, thread_ranks
 
 
 def weights(count):
@@ -90,6 +91,47 @@ def test_an_error_in_a_hook_leaves_nothing_under_way():
         commq.comm_hook(state, bucket)
     assert len(state.transport.log) == 8 and not future.done()
     assert state.stats().steps == 3
+
+
+@thread_ranks(1, 3)
+@pytest.mark.parametrize("recipe", ["int4", "doublesqueeze", "loco"])
+def test_going_back_to_a_saved_state(recipe):
+    """In a handle that has gone on, after a step that was broken off: to the bit, and to the beginning, too."""
+    named = [(f"weight{i}", p) for i, p in enumerate(weights(2))]
+    state = commq.HookState(recipe, transport=C10d(), named=named)
+
+    def buckets(step):
+        noise = torch.Generator().manual_seed(31 * step + dist.get_rank())
+        return [FakeBucket(i, [p], i == 1, torch.randn(p.numel(), generator=noise)) for i, (_, p) in enumerate(named)]
+
+    def steps(*numbers):
+        return [state.exchange(bucket).clone() for step in numbers for bucket in buckets(step)]
+
+    def holds(saved):
+        now = state.state_dict()
+        return same(now["residual"], saved["residual"]) and now["step"] == saved["step"]
+
+    saved = [state.state_dict()]
+    sent = steps(0, 1)
+    saved.append(state.state_dict())
+    sent += steps(2, 3)
+    end = state.state_dict()
+    for start in (1, 0, 0):
+        commq.comm_hook(state, buckets(7)[0])
+        state.load_state_dict(saved[start])
+        again = steps(*range(2 * start, 4))
+        assert all(map(torch.equal, again, sent[4 * start :])) and holds(end)
+
+
+def same(one, other):
+    """Nested dicts and lists of tensors and plain data, to the bit."""
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, list):
+        return len(one) == len(other) and all(map(same, one, other))
+    return one == other
 
 
 class Hooked(nn.Module):

@@ -191,8 +191,34 @@ def test_frozen_steps_send_a_25th_of_fp32():
 
 
 @thread_ranks(3)
-def test_a_nan_of_one_rank_arrives_on_all_and_a_skipped_step_changes_nothing():
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+def test_an_optimizer_in_use_goes_back_to_the_bit():
+    """From coded steps to others, and to warm-up, after which other elements may never have had a gradient."""
+    module, optimizer = make(freeze_step=4)
+    saved = {}
+    for step in range(8):
+        saved[step] = copy.deepcopy((module.state_dict(), optimizer.state_dict()))
+        run(module, optimizer, [step])
+    end = parameters_of(module)
+    for start in (6, 2):
+        module.load_state_dict(saved[start][0])
+        optimizer.load_state_dict(saved[start][1])
+        run(module, optimizer, range(start, 8))
+        assert torch.equal(parameters_of(module), end)
+
+    optimizer.load_state_dict(saved[2][1])
+    for step in range(2, 6):
+        set_gradients(module, step)
+        module.table.grad += 1.0
+        optimizer.step()
+    assert optimizer.frozen and optimizer.exchange.state_dict()["residual"]["values"]["table"].numel() == 40 * 72
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+
+
+@thread_ranks(3)
+@pytest.mark.parametrize("grows", [False, True])
+def test_a_nan_of_one_rank_arrives_on_all_and_a_skipped_step_changes_nothing(grows):
+    """grows: the scale has just grown, as it mostly has when a step is skipped."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=8 if grows else 100)
     module = Weights()
     optimizer = OneBitAdam(module, LR, BETAS, EPS, freeze_step=5, grad_scaler=scaler)
     optimizer.make_exchange(C10d())
@@ -215,15 +241,20 @@ def test_a_nan_of_one_rank_arrives_on_all_and_a_skipped_step_changes_nothing():
     assert not any(step(number) for number in range(8))
     weights, before = parameters_of(module), copy.deepcopy(optimizer.state_dict())
     assert step(8, poison=True)
-    assert scaler.get_scale() == 512.0
+    assert scaler.get_scale() == (1024.0 if grows else 512.0)
     assert torch.equal(parameters_of(module), weights)
     optimizer.zero_grad()
     optimizer.exchange._begin()  # the next backward pass gives the residuals back
     after = optimizer.state_dict()
     for key, state in before["state"].items():
         assert all(torch.equal(value, after["state"][key][name]) for name, value in state.items())
-    for name, values in before["exchange"]["residual"]["values"].items():
-        assert torch.equal(values, after["exchange"]["residual"]["values"][name]) and values.any()
+    was, now = before["exchange"]["residual"], after["exchange"]["residual"]
+    for name, values in was["values"].items():
+        assert torch.equal(values / was["loss_scale"], now["values"][name] / now["loss_scale"]) and values.any()
+    was, now = was["answer"], now["answer"]
+    for name, runs in was["runs"].items():
+        for (_, values), (_, again) in zip(runs, now["runs"][name], strict=True):
+            assert torch.equal(values / was["loss_scale"], again / now["loss_scale"])
     step(9)
     assert same_on_all_ranks(parameters_of(module)) and parameters_of(module).isfinite().all()
 
@@ -238,6 +269,39 @@ def test_arguments_are_refused_with_a_reason():
         OneBitAdam(module, betas=(1.0, 0.9))
     with pytest.raises(ValueError, match="ranks would skip different steps"):
         OneBitAdam(module, group=object(), grad_scaler=torch.amp.GradScaler("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("make", "warns"),
+    [
+        (lambda: OneBitAdam(Weights(), betas=(0.9, 0.95), freeze_step=1000), "about 20 steps"),
+        (lambda: OneBitAdam(Weights(), betas=(0.9, 0.95)), "about 20 steps"),
+        (lambda: OneBitAdam(Weights(), freeze_step=19), "about 19 steps"),
+        (lambda: commq.optim.OneBitLamb(Weights(), betas=(0.9, 0.98), freeze_step=1000), "about 50 steps"),
+        (lambda: commq.optim.ZeroOneAdam(Weights(), var_freeze_step=40, var_update_scaler=4), "about 14 steps"),
+        (lambda: OneBitAdam(Weights(), betas=(0.9, 0.99), freeze_step=20), ""),
+        (lambda: OneBitAdam(Weights()), ""),
+        (lambda: commq.optim.ZeroOneAdam(Weights(), var_freeze_step=40), ""),
+    ],
+)
+def test_a_variance_that_forgets_or_saw_little_is_warned_of(make, warns, caplog):
+    make()
+    found = [record.getMessage() for record in caplog.records if record.name == "commq"]
+    assert len(found) == bool(warns) and warns in "".join(found)
+
+
+@thread_ranks(2)
+def test_ranks_that_would_send_something_else_are_refused():
+    rank, options = dist.get_rank(), {"group": dist.group.WORLD}
+    for make in (
+        lambda: OneBitAdam(Weights(), freeze_step=20 + rank, **options),
+        lambda: OneBitAdam(Weights(), freeze_step=20, betas=(0.9, 0.999 - 0.001 * rank), **options),
+        lambda: commq.optim.ZeroOneAdam(Weights(), var_freeze_step=40, local_step_scaler=9 + rank, **options),
+        lambda: commq.optim.OneBitSGD(Weights(), warmup_steps=rank, **options),
+        lambda: (commq.optim.EFSignSGD if rank else commq.optim.SignSGD)(Weights(), **options),
+    ):
+        with pytest.raises(ValueError, match=r"the optimizer differs between ranks: rank 0 has .*, rank 1 has "):
+            make()
 
 
 @thread_ranks(1)

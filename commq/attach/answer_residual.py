@@ -77,8 +77,10 @@ class AnswerResidual:
 
     def set_loss_scale(self, loss_scale: float) -> None:
         """Gradients come multiplied by `loss_scale` from now on: residuals follow."""
-        for tensor in (*(bound.buffer for bound in self._bound), *self._whole.values()):
-            tensor.mul_(loss_scale / self.loss_scale)
+        ratio, top = loss_scale / self.loss_scale, torch.finfo(torch.float32).max
+        if ratio != 1.0:
+            for tensor in (*(bound.buffer for bound in self._bound), *self._whole.values()):
+                tensor.mul_(ratio).clamp_(-top, top)
         self.loss_scale = loss_scale
 
     def state_dict(self) -> dict[str, Any]:
@@ -86,18 +88,19 @@ class AnswerResidual:
         runs: dict[str, list[list[Any]]] = {name: [[0, whole.clone()]] for name, whole in self._whole.items()}
         for bound in self._bound:
             for run in bound.runs[self.transport.rank]:
-                runs.setdefault(run.name, []).append([run.start, bound.buffer[run.at : run.at + run.numel].cpu()])
+                values = bound.buffer[run.at : run.at + run.numel].to("cpu", copy=True)
+                runs.setdefault(run.name, []).append([run.start, values])
         return {"loss_scale": self.loss_scale, "runs": runs}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over saved residuals. All ranks call it together: owners may be others now."""
+        """Take over saved residuals; buffers are to be bound anew. All ranks call it together: owners may be others."""
+        self._bound.clear()
+        self._whole.clear()
         for theirs in self.transport.share(state["runs"]):
             for name, runs in theirs.items():
                 for start, values in runs:
                     self._put(name, start, values)
         self.loss_scale = float(state["loss_scale"])
-        for bound in self._bound:
-            self._fill(bound)
 
     def _put(self, name: str, start: int, values: Tensor) -> None:
         whole = self._whole.get(name, torch.zeros(0))

@@ -22,6 +22,7 @@ from torch.autograd import Variable
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
+from commq.attach.agree import agree_on_recipe
 from commq.attach.answer_residual import AnswerResidual
 from commq.attach.bucket import Coded
 from commq.attach.check import check_replicas
@@ -35,7 +36,6 @@ from commq.policy.adaptation import Adaptation
 from commq.policy.phase import Progress
 from commq.policy.rule import check_rules
 from commq.recipe import Recipe
-from commq.recipes import recipe as get_recipe
 from commq.stats import Stats
 
 
@@ -68,7 +68,8 @@ class HookState:
         if module is not None and group is None:
             group = module.process_group
         self.transport: Transport = C10d(group) if transport is None else transport
-        self.recipe = _resolve(recipe, self.transport)
+        self.recipe = agree_on_recipe(recipe, [self.transport], _check_recipe)
+        check_equal("check_every", str(check_every), self.transport)
         self.grad_scaler = grad_scaler
         self.check_every = check_every
         self.residual = Residual(self.recipe.feedback, self.recipe.format.block)
@@ -86,9 +87,11 @@ class HookState:
         self._module = weakref.ref(module) if module is not None else None
         """DDP's reducer, which the module owns, holds this state."""
         self._numels: dict[str, int] = {}
+        """Elements of each parameter that travel, as far as they are known."""
         for name, parameter in named if module is None else module.module.named_parameters():
             self._layouts.member(parameter, name)
             self._numels[name] = parameter.numel()
+        self._all_numels = dict(self._numels)
         if self._numels:
             check_rules(self.recipe.rules, self._numels)
 
@@ -99,7 +102,7 @@ class HookState:
         format is not raw. The others, which have to be zero on all ranks, stay as they are in the bucket and count in
         no block's scale: codes without a zero, such as sign, would move them. The same on all ranks.
         """
-        self._numels |= {name: index.numel() for name, index in live.items()}
+        self._numels = self._all_numels | {name: index.numel() for name, index in live.items()}
         self.residual = Residual(self.recipe.feedback, self.recipe.format.block)
         if self.answer_residual is not None:
             self.answer_residual = AnswerResidual(self.transport)
@@ -109,8 +112,11 @@ class HookState:
         """The tensors of feedback, of both hops, that exchanging this bucket will change."""
         if self.transport.world_size == 1:
             return []
+        is_new = self._layouts.find(grads, self.progress.index) is None
         with self._flight.on(grads.buffer().device, "residuals"):
             groups = self._find(grads).bucket.groups
+        if is_new:
+            self._flight.join(grads.buffer().device)
         return [tensor for group in groups if isinstance(group, Coded) for tensor in group.residuals()]
 
     def set_loss_scale(self, loss_scale: float) -> None:
@@ -160,7 +166,8 @@ class HookState:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore `state_dict()`, to the bit. At another world size, `commq.fold` the residuals first.
 
-        With feedback of the answer it is a collective: all ranks call it.
+        What is left of a step that an error broke off is forgotten. With feedback of the answer it is a collective:
+        all ranks call it.
         Raises ValueError if the state is of another recipe or, where the parameters are known, another model.
         """
         for name, values in state["residual"]["values"].items() if self._numels else ():
@@ -169,6 +176,8 @@ class HookState:
                     f"rank {self.transport.rank}: the state's residual of {name!r} has {values.numel()} elements, "
                     f"the module's has {self._numels.get(name, 0)}; load the state of this model"
                 )
+        self._flight.abandon()
+        self._bucket = -1  # a step that was broken off
         self.residual.load_state_dict(state["residual"])
         if self.answer_residual is not None:
             self.answer_residual.load_state_dict(state["residual"]["answer"])
@@ -310,7 +319,8 @@ def register(
     followed by the residuals (or call `handle.set_loss_scale` yourself). check_every: before every so many steps,
     compare the bits of all ranks' parameters; ReplicaError, the same on every rank, names the first that differs
     (0: never; it waits for the device). Returns the handle: `stats()`, `write()`, `state_dict()`, `load_state_dict()`.
-    Raises ValueError, the same on every rank, if the ranks' recipes differ; TypeError if `ddp` is no DDP module.
+    Raises ValueError, the same on every rank, if the ranks' recipes or check_every differ; TypeError if `ddp` is no
+    DDP module.
     """
     if not isinstance(ddp, DistributedDataParallel):
         raise TypeError(
@@ -321,25 +331,12 @@ def register(
     return handle
 
 
-def _resolve(recipe: object, transport: Transport) -> Recipe:
-    """The recipe that all ranks agree on; the same error on every rank if they do not."""
-    failure: Exception | None = None
-    try:
-        resolved = get_recipe(recipe) if isinstance(recipe, str | Path | Mapping) else recipe
-        if not isinstance(resolved, Recipe):
-            raise TypeError(f"recipe is a {type(recipe).__name__}, expected a commq.Recipe, a name, a dict or a file")
-        if resolved.is_for_shards:
-            raise ValueError(
-                f"recipe {resolved.name!r} says how sharded parameters travel, which DDP does not send; use it with "
-                "commq.FSDP, or weights=None, secondary=False"
-            )
-    except (OSError, TypeError, ValueError) as error:
-        failure = error
-    check_equal("the recipe", str(failure) if failure else repr(resolved), transport)
-    if failure:
-        raise failure
-    assert isinstance(resolved, Recipe)
-    return resolved
+def _check_recipe(recipe: Recipe) -> None:
+    if recipe.is_for_shards:
+        raise ValueError(
+            f"recipe {recipe.name!r} says how sharded parameters travel, which DDP does not send; use it with "
+            "commq.FSDP, or weights=None, secondary=False"
+        )
 
 
 def _in_backward() -> bool:

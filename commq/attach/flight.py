@@ -51,6 +51,8 @@ class Flight:
                 laid.scatter()
                 arrived()
 
+        if self._side is not None:
+            laid.buffer.record_stream(self._side)  # an error may free it before the side stream has passed it
         laid.gather(step)
         for message in laid.messages:
             self._exchange.add(route.build(message), ended)
@@ -60,6 +62,11 @@ class Flight:
     def land(self) -> None:
         """Wait for all that is under way (on CUDA the side stream does)."""
         self._exchange.finish()
+
+    def join(self, device: torch.device) -> None:
+        """On CUDA, make the current stream wait for what the side stream has queued."""
+        if self._side is not None:
+            torch.cuda.current_stream(device).wait_stream(self._side)
 
     def abandon(self) -> None:
         """Forget what is under way, after an error."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp import fully_shard as torch_fully_shard
 
+from commq.attach.agree import agree_on_recipe
 from commq.attach.fsdp_attached import Attached
 from commq.attach.fsdp_between import BetweenHosts
 from commq.attach.fsdp_gather import WeightGather
@@ -31,10 +33,9 @@ from commq.attach.fsdp_layout import GroupLayout, fsdp_modules
 from commq.attach.fsdp_scatter import GradientScatter
 from commq.attach.fsdp_unit import Unit
 from commq.collectives.hosts import find_hosts
-from commq.collectives.transport import C10d, check_equal
+from commq.collectives.transport import C10d
 from commq.policy.rule import check_rules
 from commq.recipe import Recipe
-from commq.recipes import recipe as get_recipe
 
 _WRAPPERS = re.compile(r"_checkpoint_wrapped_module\.|_orig_mod\.")
 """What wrappers of torch put into the names of parameters."""
@@ -161,22 +162,9 @@ def _split(mesh: DeviceMesh) -> tuple[DeviceMesh, dist.ProcessGroup | None]:
 
 def _resolve(recipe: object, reshard: object, groups: list[dist.ProcessGroup], *, hybrid: bool) -> Recipe:
     """The recipe that all ranks agree on; the same error on every rank if they do not."""
-    failure: Exception | None = None
     if recipe is None:
         recipe = "hybrid-shard" if hybrid else "sdp4bit" if reshard is False else "full-shard"
-    try:
-        resolved = get_recipe(recipe) if isinstance(recipe, str | Path | Mapping) else recipe
-        if not isinstance(resolved, Recipe):
-            raise TypeError(f"recipe is a {type(recipe).__name__}, expected a commq.Recipe, a name, a dict or a file")
-        _check(resolved, reshard, hybrid=hybrid)
-    except (OSError, TypeError, ValueError) as error:
-        failure = error
-    for group in groups:
-        check_equal("the recipe", str(failure) if failure else repr(resolved), C10d(group))
-    if failure:
-        raise failure
-    assert isinstance(resolved, Recipe)
-    return resolved
+    return agree_on_recipe(recipe, map(C10d, groups), partial(_check, reshard=reshard, hybrid=hybrid))
 
 
 def _check(recipe: Recipe, reshard: object, *, hybrid: bool) -> None:

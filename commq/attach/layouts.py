@@ -104,7 +104,9 @@ class Layouts:
             self._two_levels = wants and find_hosts(self.transport).has_two_levels
         schedule = self.recipe.schedule
         if schedule == "auto":
-            trial = self._bucket(members, buffer, Residual(self.recipe.feedback, self.recipe.format.block))
+            # Its sources decide; residuals and tables come with the bucket that is chosen.
+            unbound = Residual(self.recipe.feedback, self.recipe.format.block)
+            trial = self._bucket(members, torch.empty_like(buffer, device="meta"), unbound)
             schedule = self._route("auto", trial, buffer.device).name
             if schedule == "plain":  # it travels as it stands: nothing to sort, and no residual
                 raw = get_format(RAW[buffer.dtype])

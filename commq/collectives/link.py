@@ -38,12 +38,6 @@ class Curve:
         (n0, t0), (n1, t1) = self.points[i - 1], self.points[i]
         return t0 + (nbytes - n0) * (t1 - t0) // (n1 - n0)
 
-    @property
-    def bytes_per_second(self) -> int:
-        """Rate of the longest operations."""
-        (n0, t0), (n1, t1) = self.points[-2:]
-        return (n1 - n0) * 10**9 // max(t1 - t0, 1)
-
 
 def rising(points: list[tuple[int, int]]) -> Curve:
     """A curve that never falls: a longer operation that was faster only shows noise in the shorter one."""

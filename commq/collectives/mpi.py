@@ -17,7 +17,7 @@ from torch import Tensor
 
 from commq.collectives.lost import PATIENCE, RankLostError
 from commq.collectives.memory import Memory
-from commq.collectives.transport import ring_bytes
+from commq.collectives.plan import ring_bytes
 
 TIMEOUT = 300.0
 """Seconds that a move waits for other ranks, unless `Mpi.timeout` is set."""
@@ -91,7 +91,7 @@ class Mpi:
         wide = tensor.to(torch.float32) if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
         if operation is None or wide.dtype not in _DATATYPES:
             raise TypeError(f"all_reduce: {op} of {tensor.dtype}, expected SUM of floats or int32, or MAX of int32")
-        self.memory.sent_bytes += ring_bytes(wide, self.world_size)
+        self.memory.sent_bytes += ring_bytes(wide.numel(), wide.element_size(), self.world_size)
         move = _Started(self, "all_reduce", rounds=(wide, tensor) if wide is not tensor else None)
         for run in _runs(wide):
             move.post(self.comm.Iallreduce, MPI.IN_PLACE, [run, _DATATYPES[wide.dtype]], operation, tensor=wide)

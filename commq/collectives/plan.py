@@ -128,8 +128,13 @@ class Plan:
 
 
 def raw_bytes(numel: int, world_size: int) -> int:
-    """Bytes each rank sends in a two-shot all-reduce of `numel` float32: 2 (W - 1) chunks of 4 ceil(N / W)."""
-    return 2 * (world_size - 1) * 4 * -(-numel // world_size)
+    """Bytes each rank sends in an uncompressed all-reduce of `numel` float32."""
+    return ring_bytes(numel, 4, world_size)
+
+
+def ring_bytes(numel: int, itemsize: int, world_size: int) -> int:
+    """Bytes each rank sends in an all-reduce as a ring, or in two shots: 2 (W - 1) chunks of ceil(N / W) elements."""
+    return 2 * (world_size - 1) * itemsize * -(-numel // world_size)
 
 
 def make_plan(sources: tuple[Source, ...], *, world_size: int) -> Plan:

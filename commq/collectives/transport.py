@@ -15,6 +15,7 @@ from torch import Tensor
 
 from commq.collectives.lost import name_lost_ranks
 from commq.collectives.memory import Memory, memory_of
+from commq.collectives.plan import ring_bytes
 
 # torch 2.13 renamed all_gather_into_tensor.
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -44,7 +45,7 @@ class Transport(Protocol):
         """Row w of `out` comes from rank w. uint8, contiguous, (S,) and (W, S)."""
 
     def all_reduce(self, tensor: Tensor, op: dist.ReduceOp.RedOpType) -> Move:
-        """The library's own all-reduce, in place: SUM of floats or int32, MAX of int32."""
+        """The library's own all-reduce, in place: SUM of floats or int32, MAX of int32. It counts as a ring."""
 
     def broadcast(self, buffer: Tensor, src: int) -> Move:
         """Copy rank `src`'s buffer to all ranks. uint8, 1-D."""
@@ -94,7 +95,7 @@ class C10d:
         return move
 
     def all_reduce(self, tensor: Tensor, op: dist.ReduceOp.RedOpType) -> Move:
-        self.memory.sent_bytes += ring_bytes(tensor, self.world_size)
+        self.memory.sent_bytes += ring_bytes(tensor.numel(), tensor.element_size(), self.world_size)
         return self._start("all_reduce", dist.all_reduce, tensor, op)
 
     def broadcast(self, buffer: Tensor, src: int) -> Move:
@@ -140,11 +141,6 @@ class _Started:
         if self.lent is not None:
             self._transport.memory.give(self.lent)
             self.lent = None
-
-
-def ring_bytes(tensor: Tensor, world_size: int) -> int:
-    """Bytes that each rank sends in a ring all-reduce, which the library's is counted as: 2 (W - 1) chunks."""
-    return 2 * (world_size - 1) * -(-tensor.numel() // world_size) * tensor.element_size()
 
 
 def _isend(buffer: Tensor, *, group_dst: int, group: dist.ProcessGroup, async_op: bool) -> dist.Work | None:

@@ -118,9 +118,9 @@ class Residual:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over saved residuals; parameters not bound yet get theirs when they are.
+        """Take over saved residuals, zeros where none were saved; parameters not bound yet get theirs later.
 
-        Raises ValueError if the rule, the storage, the block or a parameter's length differs.
+        Raises ValueError, and changes nothing, if the rule, the storage, the block or a parameter's length differs.
         """
         found = state["rule"], state["storage"], state["block"]
         expected = self.feedback.rule, self.feedback.storage, self.block
@@ -129,12 +129,14 @@ class Residual:
                 f"residuals were saved with (rule, storage, block)={found}, this recipe has {expected}; "
                 "resume with the recipe they were saved with, or leave the residuals out to start from zero"
             )
+        for name in state["values"].keys() & self._by_name.keys():
+            _check_length(name, state["values"][name].numel(), self._by_name[name].values.numel())
+        self.zero_()
         for name, values in state["values"].items():
             known, scales = self._by_name.get(name), state["scales"].get(name)
             if known is None:
                 self._by_name[name] = Stored(values.clone(), None if scales is None else scales.clone())
             else:
-                _check_length(name, values.numel(), known.values.numel())
                 known.copy_(Stored(values, scales))
         self.loss_scale = float(state["loss_scale"])
 

@@ -15,6 +15,7 @@ scale, and stay as they are (weight decay but for, which is not communicated). T
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -28,6 +29,12 @@ from commq.optim.optimizer import CommOptimizer, Parameters, add_scaled_, floats
 from commq.optim.phase import Mode, is_stable
 from commq.recipe import Recipe
 
+MEMORY = 100
+"""Steps that a variance should remember, 1 / (1 - beta2), to be frozen; 20 are known to diverge."""
+GRADIENTS = 20
+"""Gradients that it should have seen."""
+_log = logging.getLogger("commq")
+
 
 class OneBitAdam(CommOptimizer):
     """Adam that sends its momentum in one bit an element once its variance is frozen.
@@ -37,6 +44,12 @@ class OneBitAdam(CommOptimizer):
     root; decoupled weight decay is AdamW's), whose fused version warm-up is to the bit for float32 parameters.
     freeze_step: steps of warm-up. None: until the 1-norm of v has changed by less than freeze_ratio over
     1 / (1 - beta2) steps (section 7.1), looked at that often.
+    beta2: v remembers 1 / (1 - beta2) steps, and what it remembers last holds for the rest of training. An element
+    that had hardly a gradient in these steps (a rare token's row) has a v near zero, and makes steps too large by
+    up to 1 / sqrt(beta2**k) if it had none in the last k: 170 times for k = 200 and beta2 = 0.95, 1.1 times for the
+    paper's 0.999. Adam itself corrects that with the next gradient; a frozen v cannot, so 0.95 diverges where Adam
+    is fine. The 1-norm says nothing of it, being that of the large elements. Below 0.99, or with fewer than 20
+    gradients before the freeze, there is a warning on the logger "commq".
     momentum_format, answer_format, feedback: see `momentum_recipe`. warmup_format: fp32, bf16 or fp16.
 
     After warm-up `.grad` holds the averaged momentum: torch.nn.utils.clip_grad_norm_ between backward and step clips by
@@ -81,9 +94,18 @@ class OneBitAdam(CommOptimizer):
         recipe = momentum_recipe(momentum_format, answer=answer_format, feedback=feedback)
         super().__init__(module, params, defaults, recipe=recipe, plain_format=warmup_format, **options)
         self._dead: dict[int, Tensor] = {}
+        if not self._exchanges or self.exchange.transport.rank == 0:
+            self._warn_of_short_memory()
 
     def mode(self, step: int) -> Mode:
         return "coded" if self.frozen else "plain"
+
+    def timing(self) -> dict[str, Any]:
+        return {"freeze_step": self.freeze_step, "freeze_ratio": self.freeze_ratio}
+
+    def warm_up_gradients(self) -> int | None:
+        """Gradients that the variance has seen when it is frozen; None: as many as it takes."""
+        return self.freeze_step
 
     def make_state(self, parameter: Tensor) -> dict[str, Tensor]:
         zeros = torch.zeros_like(parameter, dtype=torch.float32)
@@ -192,8 +214,26 @@ class OneBitAdam(CommOptimizer):
             return False
         variances = [state["exp_avg_sq"] for state in self.state.values()]
         norm = float(torch.stack(torch._foreach_norm(variances, 1)).sum())
+        if len(self._exchanges) == 1:  # else all ranks are here
+            norm = max(self.exchange.transport.share(norm))  # devices may add in another order
         before, self._norm = self._norm, norm / (1.0 - beta2**done)
         return is_stable(self._norm, before, self.freeze_ratio)
+
+    def _warn_of_short_memory(self) -> None:
+        beta2 = min(group["betas"][1] for group in self.param_groups)
+        seen = self.warm_up_gradients()
+        if 1.0 - beta2 > 1.0 / MEMORY + 1e-9 or (seen is not None and seen < GRADIENTS):
+            _log.warning(
+                "commq: %s will freeze a variance that averages about %d steps (beta2=%g, gradients of warm-up: %s). "
+                "Elements whose gradients are small or absent in so few make steps that are far too large from then "
+                "on, and training may diverge; expected beta2 of %g or more, such as 0.999, and %d gradients or more",
+                type(self).__name__,
+                min(round(1.0 / (1.0 - beta2)), seen or MEMORY),
+                beta2,
+                "any" if seen is None else seen,
+                1.0 - 1.0 / MEMORY,
+                GRADIENTS,
+            )
 
     def _phase_state(self) -> dict[str, Any]:
         return {"frozen": self.frozen, "norm": self._norm}

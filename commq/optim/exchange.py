@@ -58,7 +58,7 @@ class MomentumExchange:
         pairs = [(name, parameter) for parameter, name in self.names.items()]
         common: dict[str, Any] = {"transport": transport, "backend": backend, "named": pairs}
         self.plain = HookState(optimizer.plain_recipe, module, **common)
-        self.coded = HookState(optimizer.recipe, module, grad_scaler=grad_scaler, **common)
+        self.coded = HookState(optimizer.recipe, module, **common)
         self.own = {parameter: optimizer.make_own(parameter) for parameter in self.names}
         """The optimizer's state of this rank alone, where ranks of one process share its other state."""
         self.step = 0
@@ -182,12 +182,16 @@ class MomentumExchange:
         self.mode = self.optimizer.mode(self.step)
         scaler = self.grad_scaler
         self.loss_scale = scaler.get_scale() if scaler is not None and scaler.is_enabled() else 1.0
+        if self.mode == "coded":
+            self.coded.set_loss_scale(self.loss_scale)  # before residuals are put aside, all in the same unit
 
     def _split(self, index: int, buffer: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
         """Each parameter's place in the bucket, with the parameter's strides, as DDP lays it out."""
         key = (buffer.data_ptr(), *(id(p) for p in parameters))
         known = self._views.get(index)
         if known is None or known[0] != key:
+            if known is not None:  # DDP has rebuilt its buckets, all of them
+                self._views.clear()
             parts = buffer.split([p.numel() for p in parameters])
             views = [part.as_strided(p.shape, strides_of(p)) for part, p in zip(parts, parameters, strict=True)]
             known = self._views[index] = key, views

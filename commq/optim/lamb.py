@@ -158,9 +158,10 @@ class OneBitLamb(OneBitAdam):
         torch._foreach_mul_(ratios, self.state_of(parameters, "precondition"))
         torch._foreach_reciprocal_(ratios)
         self.silence(parameters, list(ratios))
-        factors = torch.stack(torch._foreach_max(ratios))
-        factors = (factors * share + (1.0 - share)).clamp(*self.factor_range)
         states = self.state_of(parameters, "factor")
+        # A parameter without elements has no largest one.
+        largest = torch._foreach_max([r if r.numel() else last for r, last in zip(ratios, states, strict=True)])
+        factors = (torch.stack(largest) * share + (1.0 - share)).clamp(*self.factor_range)
         last = torch.stack(states)
         slack = self.factor_threshold
         factors = torch.minimum(torch.maximum(factors, last * (1.0 - slack)), last * (1.0 + slack))

@@ -23,7 +23,7 @@ from commq.attach.ddp import comm_hook
 from commq.codecs.formats import Format, get_format
 from commq.codecs.rotation import Rotation
 from commq.collectives.group import Group, transport_of
-from commq.collectives.transport import C10d, Transport
+from commq.collectives.transport import C10d, Transport, check_equal
 from commq.feedback.rule import Feedback
 from commq.optim.exchange import FlatBucket, MomentumExchange
 from commq.optim.phase import Mode
@@ -136,7 +136,9 @@ class CommOptimizer(Optimizer):
 
         Ranks of one process may share an optimizer, and so its parameters and state: each has an exchange. When all
         have exchanged, `.grad` is set to the average that any of them got, and one step() follows for all.
+        ValueError, the same on every rank, if their optimizers are not the same.
         """
+        check_equal("the optimizer", f"{type(self).__name__} {self.defaults} {self.timing()}", transport)
         exchange = MomentumExchange(
             self, self._named, transport, module=module, grad_scaler=self._grad_scaler, backend=self._backend
         )
@@ -148,6 +150,10 @@ class CommOptimizer(Optimizer):
     def mode(self, step: int) -> Mode:
         """What is sent in step number `step`."""
         raise NotImplementedError
+
+    def timing(self) -> dict[str, Any]:
+        """The arguments that `mode` depends on: ranks that differ there would wait for each other for ever."""
+        return {}
 
     def make_state(self, parameter: Tensor) -> dict[str, Tensor]:
         """A parameter's state at its beginning."""

@@ -153,6 +153,9 @@ class OneBitSGD(CommOptimizer):
     def mode(self, step: int) -> Mode:
         return "plain" if step < self.warmup_steps else "coded"
 
+    def timing(self) -> dict[str, Any]:
+        return {"warmup_steps": self.warmup_steps}
+
     def make_state(self, parameter: Tensor) -> dict[str, Tensor]:
         zeros = torch.zeros_like(parameter, dtype=torch.float32)
         return {"momentum_buffer": zeros} | ({"sum": zeros.clone()} if self.adagrad else {})

@@ -103,6 +103,12 @@ class ZeroOneAdam(OneBitAdam):
             return "plain" if self.refreshes.at(step) else "coded"
         return "coded" if self.meetings.at(step) else "local"
 
+    def timing(self) -> dict[str, Any]:
+        return {"refreshes": self.refreshes, "meetings": self.meetings}
+
+    def warm_up_gradients(self) -> int:
+        return self.refreshes.count(self.refreshes.end - 1)
+
     def make_state(self, parameter: Tensor) -> dict[str, Tensor]:
         zeros = torch.zeros_like(parameter, dtype=torch.float32)
         return {"exp_avg": zeros, "exp_avg_sq": zeros.clone(), "precondition": zeros.clone()}
