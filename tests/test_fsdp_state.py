@@ -1,6 +1,7 @@
 """Checkpoints of sharded training: to the bit at the same size, by a stated rule at another."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from commq.attach.fsdp_state import _join, _numel
 from fsdp_cases import grid, line, made, run, same_bits, shard, train
 from harness import process_ranks, thread_ranks
 
+ROTATION, SIGN = commq.Rotation(size=32), commq.get_format("sign")
 STATEFUL = ("sdp4bit", "loco", commq.recipe("loco", format="int4", feedback={"rule": "classic", "storage": "fp32"}))
 
 
@@ -55,6 +57,33 @@ def test_resume_through_distributed_checkpoint(folder):
             assert torch.equal(unit["reference"], found["units"][name]["reference"])
         folded = commq.fold_shards(saved, 3)
         check_sums(saved, folded, "first", 2, 3)
+
+
+CLASSIC = {"rule": "classic", "storage": "fp32"}
+BOTH = {"feedback": CLASSIC, "answer_feedback": CLASSIC}
+
+
+@pytest.mark.parametrize("between", [False, True], ids=["two hops", "between hosts"])
+@thread_ranks(4)
+def test_what_padding_loses_is_not_missed(between):
+    """Rotations, signs and levels without 0 send something for padding, too; shards here end within blocks."""
+    if between:
+        hybrid = commq.recipe("hybrid-shard", feedback=CLASSIC)
+        recipes = [replace(hybrid, **options) for options in ({"rotation": ROTATION}, {"format": SIGN})]
+    else:
+        two = commq.recipe("int4", inside="int4", schedule="two_hop", rotation=32, **BOTH)
+        rule = [{"pattern": "blocks.*.weight", "format": "sign"}]
+        signs = commq.recipe("int8", schedule="two_hop", rules=rule, **BOTH)
+        recipes = [two, signs, commq.recipe("int4", format="amq3", **BOTH)]
+    for recipe in recipes:
+        mesh = grid(2) if between else line((0, 0, 1, 1))
+        whole = run(recipe, mesh=mesh, steps=2)
+        model = shard(made(), recipe, mesh=mesh)
+        for new, old in zip(model.parameters(), whole.model.parameters(), strict=True):
+            new.data.copy_(old.data)
+        commq.handle_of(model).load_state_dict(whole.handle.state_dict())
+        on, resumed = train(whole.model, 1, first=2), train(model, 1, first=2)
+        same_bits(resumed, on)
 
 
 def check_sums(old, new, kind, old_size, new_size):

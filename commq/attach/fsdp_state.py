@@ -46,8 +46,9 @@ def load_unit(each: Attached, state: State) -> None:
     each.unit.progress.load_state_dict(state["progress"])
     for name, traffic in each.traffics.items():
         traffic.raw, traffic.sent, traffic.leaving = state["traffic"].get(name, [0, 0, 0])
+    unit = each.unit.recipe.unit
     for name, residual in each.residuals.items():
-        numels = {s.name: s.numel for s in layout.shards}
+        numels = {s.name: -(-s.numel // unit) * unit if name == "second" else s.numel for s in layout.shards}
         for key, values in state["residuals"][name]["values"].items():
             expected_numel = numels.get(key.rpartition("#")[0], 0)
             if values.numel() != expected_numel:
