@@ -198,11 +198,8 @@ def test_what_cannot_be_compressed_is_refused():
         commq.HookState("sdp4bit")
     with pytest.raises(KeyError, match="was not given to"):
         commq.handle_of(Net())
-    model = shard(Net(), RAW, mesh=mesh, reshard_after_forward=True)
+    odd = shard(Net(), commq.recipe("int8", rules=[{"pattern": "x.*", "format": "int4"}]), mesh=mesh)
     with pytest.raises(ValueError, match="matches no parameter"):
-        commq.fully_shard(
-            nn.Sequential(model, nn.Linear(3, 3)),
-            recipe=commq.recipe("int8", rules=[{"pattern": "x.*", "format": "int4"}]),
-            mesh=mesh,
-        )
+        loss(odd, 0)
+    model = shard(Net(), RAW, mesh=mesh, reshard_after_forward=True)
     loss(model, 0).backward()

@@ -60,6 +60,12 @@ def fsdp_modules(root: nn.Module) -> Iterator[tuple[str, FSDPModule]]:
                 yield name, module
 
 
+def is_root(module: nn.Module) -> bool:
+    """Whether `module` is what FSDP2 found to be its root, which it does when the first forward pass begins."""
+    with _private(type(module).__name__):
+        return cast(FSDPModule, module)._get_fsdp_state()._is_root is True
+
+
 class GroupLayout:
     """The parameter group of one FSDP module. Raises ValueError for what cannot be compressed, with the reason.
 
