@@ -18,7 +18,6 @@ from commq.attach.ddp import HookState, comm_hook, register
 from commq.attach.estimate import estimate_memory
 from commq.attach.fold import fold
 from commq.attach.fsdp import fully_shard, handle_of
-from commq.attach.fsdp_estimate import estimate_shard_memory
 from commq.attach.fsdp_module import FSDP
 from commq.build_info import build_info
 from commq.codecs.formats import Format, get_format
@@ -62,7 +61,6 @@ __all__ = [
     "decode",
     "encode",
     "estimate_memory",
-    "estimate_shard_memory",
     "fold",
     "fully_shard",
     "get_format",
