@@ -93,7 +93,8 @@ class GradientScatter:
         for lane, lost in zip(route.lanes, route.residuals, strict=True):
             if lost is not None:
                 lane.clear_gaps(lost.values)
-        unit.count(unit.gradients, numel, before, route.plan.row_bytes, transport, hosts is not None)
+        sent = transport.memory.sent_bytes - before
+        unit.count(unit.gradients, numel, sent, route.plan.row_bytes, transport, hosts is not None)
         unit.members = members
         unit.steps += 1
 
