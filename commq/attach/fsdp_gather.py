@@ -149,7 +149,7 @@ class WeightGather:
             Strip(x.view(-1), landing.view(-1), Coding() if lane.format.kind == "raw" else coding, adds=adds)
             for lane, x, landing, adds in lanes
         ]
-        codec = implementation(unit.backend, strips[0].x.device)
+        codec = implementation(unit.backend, strips[0].x.device, *plan.formats)
         yield from gather(ShardMessage(plan, strips, transport, codec, unit.hosts(transport)))
 
     def _route(self, transport: C10d) -> tuple[list[Lane], Plan]:

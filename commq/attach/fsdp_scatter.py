@@ -86,7 +86,7 @@ class GradientScatter:
                 route.lanes, sources, landings, route.residuals, route.second, strict=True
             )
         ]
-        codec = implementation(unit.backend, input_tensor.device)
+        codec = implementation(unit.backend, input_tensor.device, *route.plan.formats)
         run(scatter(ShardMessage(route.plan, strips, transport, codec, hosts, self._divisor(op, transport))))
         for lane, landing in zip(route.lanes, landings, strict=True):
             lane.put(landing, out)
