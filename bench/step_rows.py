@@ -19,8 +19,8 @@ def read_rows(path: Path) -> list[Row]:
 
 
 HEAD = (
-    f"{'rate':>9} {'method':<32} {'median':>9} {'mean':>9} {'fastest':>9} {'slowest':>9} {'expected':>9} {'beyond':>9} "
-    f"ms {'sent MB':>8} {'link MB':>8} {'host us':>8}"
+    f"{'rate':>9} {'method':<32} {'median':>9} {'mean':>9} {'fastest':>9} {'slowest':>9} "
+    f"{'expected':>9} {'beyond':>9} ms {'sent MB':>8} {'link MB':>8} {'host us':>8}"
 )
 
 

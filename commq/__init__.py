@@ -16,10 +16,9 @@ from commq import optim
 from commq.attach.check import ReplicaError
 from commq.attach.ddp import HookState, comm_hook, register
 from commq.attach.estimate import estimate_memory
+from commq.attach.fold import fold
 from commq.attach.fsdp import fully_shard, handle_of
-from commq.attach.fsdp_estimate import estimate_shard_memory
 from commq.attach.fsdp_module import FSDP
-from commq.attach.fsdp_state import fold_shards, read_shard_states
 from commq.build_info import build_info
 from commq.codecs.formats import Format, get_format
 from commq.codecs.ops import Encoded, decode, encode
@@ -31,7 +30,6 @@ from commq.collectives.broadcast import broadcast
 from commq.collectives.point_to_point import recv, send
 from commq.collectives.reduce_scatter import reduce_scatter
 from commq.feedback.rule import Feedback
-from commq.feedback.state import fold
 from commq.policy.exempt import Exempt
 from commq.policy.levels import Adapt
 from commq.policy.phase import Phase
@@ -63,14 +61,11 @@ __all__ = [
     "decode",
     "encode",
     "estimate_memory",
-    "estimate_shard_memory",
     "fold",
-    "fold_shards",
     "fully_shard",
     "get_format",
     "handle_of",
     "optim",
-    "read_shard_states",
     "recipe",
     "recipes",
     "recv",

@@ -224,3 +224,12 @@ def test_four_bits_for_weights_without_differences_learn_less():
             schedule.step()
         losses[differences] = found.item()
     assert losses[True] < losses[False] / 1000, losses
+
+
+@thread_ranks(2)
+def test_formats_that_only_the_reference_has():
+    exact = run(None, steps=1, mesh=line()).grads[0]
+    weights, means = commq.recipe("qsdp", weights="dynamic8"), commq.recipe("int8", format="means")
+    for recipe, limit in (("dynamic8", 0.02), (weights, 0.04), (means, 0.7)):
+        found = run(recipe, steps=1, mesh=line())
+        assert error(found.grads[0], exact) < limit

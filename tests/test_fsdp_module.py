@@ -102,7 +102,7 @@ def test_strategies():
         model = commq.FSDP(made(), sharding_strategy=strategy, auto_wrap_policy={nn.Sequential})
         unit = model.handle.units["blocks.0"].unit
         assert (unit.recipe.name, unit.layout.world_size) == (recipe, size)
-        assert unit.layout.reshards_after_forward == reshards
+        assert (unit.layout._group.post_forward_mesh_info is not None) == reshards
         loss(model, 0).backward()
         grads = {name: whole(p.grad) for name, p in model.named_parameters()}
         assert error(grads, exact) < 0.25

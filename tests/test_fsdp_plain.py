@@ -14,6 +14,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_ac
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 
 import commq
+from commq.collectives.memory import memory_of
 from fsdp_cases import RAW, Even, Net, line, loss, made, run, same_bits, shard, train, whole
 from harness import process_ranks, thread_ranks
 
@@ -198,11 +199,19 @@ def test_what_cannot_be_compressed_is_refused():
         commq.HookState("sdp4bit")
     with pytest.raises(KeyError, match="was not given to"):
         commq.handle_of(Net())
-    model = shard(Net(), RAW, mesh=mesh, reshard_after_forward=True)
+    odd = shard(Net(), commq.recipe("int8", rules=[{"pattern": "x.*", "format": "int4"}]), mesh=mesh)
     with pytest.raises(ValueError, match="matches no parameter"):
-        commq.fully_shard(
-            nn.Sequential(model, nn.Linear(3, 3)),
-            recipe=commq.recipe("int8", rules=[{"pattern": "x.*", "format": "int4"}]),
-            mesh=mesh,
-        )
+        loss(odd, 0)
+    model = shard(Net(), RAW, mesh=mesh, reshard_after_forward=True)
     loss(model, 0).backward()
+
+
+@thread_ranks(2)
+def test_bytes_are_counted_once_while_several_units_travel():
+    model = shard(made(), "full-shard", mesh=line())
+    memory = memory_of(line().get_group())
+    before = memory.sent_bytes
+    work = [block.unshard(async_op=True) for block in model.blocks]
+    for each in work:
+        each.wait()
+    assert commq.handle_of(model).stats().sent_bytes == memory.sent_bytes - before > 0

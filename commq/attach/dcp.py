@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,16 @@ def read_state(path: str | Path, rank: int, world_size: int) -> dict[str, Any]:
 
     Reads only the states that this rank takes over. ValueError if the checkpoint has none.
     """
+    saved = count_states(path)
+    states = read_states(path, range(saved)[rank::world_size] or [0])
+    residuals = [state["residual"] for state in states]
+    # A rank that the saved job did not have starts from zero.
+    folded = fold(residuals, 1)[0] if rank < saved else fold(residuals, 2)[1]
+    return {**states[0], "residual": folded}
+
+
+def count_states(path: str | Path) -> int:
+    """How many ranks' states a checkpoint has. ValueError if it does not have those of ranks 0, 1, 2, ..."""
     found = FileSystemReader(path).read_metadata().state_dict_metadata
     saved = sorted(int(match[1]) for key in found if (match := re.fullmatch(_KEY.format(r"(\d+)"), key)))
     if not saved or saved != list(range(len(saved))):
@@ -41,15 +52,18 @@ def read_state(path: str | Path, rank: int, world_size: int) -> dict[str, Any]:
             f"{path} has states of ranks {saved}, expected those of all ranks; save it with "
             "dcp.save({..., **handle.dcp_state()}) on every rank"
         )
-    keys = [_KEY.format(old) for old in (saved[rank::world_size] or [0])]
+    return len(saved)
+
+
+def read_states(path: str | Path, ranks: Iterable[int]) -> list[dict[str, Any]]:
+    """The states of some of the ranks that saved a checkpoint, on the CPU."""
+    found = FileSystemReader(path).read_metadata().state_dict_metadata
     blobs = {}
-    for key in keys:
+    for key in map(_KEY.format, ranks):
         entry = found[key]
         assert isinstance(entry, TensorStorageMetadata)
         blobs[key] = torch.empty(entry.size, dtype=torch.uint8)
     load(blobs, checkpoint_id=path, no_dist=True)
-    states = [torch.load(io.BytesIO(blob.numpy().tobytes()), weights_only=True) for blob in blobs.values()]
-    residuals = [state["residual"] for state in states]
-    # A rank that the saved job did not have starts from zero.
-    folded = fold(residuals, 1)[0] if rank < len(saved) else fold(residuals, 2)[1]
-    return {**states[0], "residual": folded}
+    return [
+        torch.load(io.BytesIO(blob.numpy().tobytes()), map_location="cpu", weights_only=True) for blob in blobs.values()
+    ]

@@ -29,7 +29,7 @@ from commq.attach.fsdp_attached import Attached
 from commq.attach.fsdp_between import BetweenHosts
 from commq.attach.fsdp_gather import WeightGather
 from commq.attach.fsdp_handle import ShardHandle
-from commq.attach.fsdp_layout import GroupLayout, fsdp_modules
+from commq.attach.fsdp_layout import GroupLayout, fsdp_modules, is_root
 from commq.attach.fsdp_scatter import GradientScatter
 from commq.attach.fsdp_unit import Unit
 from commq.collectives.hosts import find_hosts
@@ -61,7 +61,8 @@ def fully_shard(
     such a mesh, "sdp4bit" with reshard_after_forward=False, else "full-shard".
     kwargs: torch's. A recipe with weights_difference keeps parameters after the forward pass; one with secondary shards
     keeps a host's share of them.
-    Raises ValueError, the same on every rank, if the ranks' recipes differ, and for what cannot be compressed.
+    Raises ValueError, the same on every rank, if the ranks' recipes differ, and for what cannot be compressed. Rules
+    are about the root's names, so one that matches none of them is an error in the root's first forward pass.
     """
     if kwargs.get("dp_mesh_dims") is not None:
         raise ValueError(
@@ -106,8 +107,20 @@ def attach(root: nn.Module, recipe: Recipe, outer: dist.ProcessGroup | None, *, 
     handle = ShardHandle(units)
     setattr(root, _HANDLE, handle)
     if isinstance(root, FSDPModule) and parameters and recipe.rules:
-        check_rules(recipe.rules, parameters)
+        _check_rules(root, recipe, parameters)
     return handle
+
+
+def _check_rules(module: nn.Module, recipe: Recipe, names: list[str]) -> None:
+    """When the first forward pass begins, and `module` turns out to be the root, whose names the rules are about."""
+
+    @torch.compiler.disable
+    def look(*_: Any) -> None:
+        if is_root(module):
+            check_rules(recipe.rules, names)
+        registered.remove()
+
+    registered = module.register_forward_pre_hook(look)
 
 
 def _attach(module: Any, unit: Unit, outer: dist.ProcessGroup | None) -> Attached:

@@ -73,8 +73,10 @@ class BetweenHosts:
         average = unit.layout.divide_factor is None
         messages = make_messages(plans, operands, transport, average=average, backend=unit.backend)
         Exchange(map(two_shot, messages)).finish()
-        for lane, x in zip(lanes, tensors, strict=True):
+        for lane, x, lost in zip(lanes, tensors, residuals, strict=True):
             lane.put(x.view(1, -1), row.view(1, -1))
+            if lost is not None:
+                lane.clear_gaps(lost.values)
         sent = transport.memory.sent_bytes - before
         self.traffic.add(2 * (transport.world_size - 1) * 4 * -(-row.numel() // transport.world_size), sent, sent)
 

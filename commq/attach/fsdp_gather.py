@@ -76,17 +76,32 @@ class WeightGather:
         return None if work is None else GatherWork(work)
 
     def _schedule(self, out: Tensor, x: Tensor, transport: C10d) -> Schedule:
-        unit, before, numel = self.unit, transport.memory.sent_bytes, x.numel()
-        row_bytes, hops = x.nbytes, False
+        unit, memory, sent = self.unit, transport.memory, 0
+        exchange = self._exchange(out, x, transport)
+        while True:
+            before = memory.sent_bytes  # other units' exchanges may go on while a move of this one is under way
+            try:
+                move = next(exchange)
+            except StopIteration as end:
+                row_bytes, hops = end.value
+                break
+            sent += memory.sent_bytes - before
+            yield move
+        unit.count(unit.weights, x.numel(), sent, row_bytes, transport, hops)
+
+    def _exchange(self, out: Tensor, x: Tensor, transport: C10d) -> Generator[Move, None, tuple[int, bool]]:
+        """Returns the bytes of a row that travels to other hosts, too, and whether in two hops."""
+        unit = self.unit
         if unit.layout.is_secondary(transport.group):
             yield from _plain(out, x, transport)
-            row_bytes = 0
-        elif unit.recipe.weights is None:
+            return 0, False
+        if unit.recipe.weights is None:
             yield from _plain(out, x, transport)
-        elif self.tracker is not None and out.data_ptr() == self.tracker.rows.data_ptr():
+            return x.nbytes, False
+        if self.tracker is not None and out.data_ptr() == self.tracker.rows.data_ptr():
             plan = yield from self._differences(self.tracker, x, transport)
-            if plan is not None:
-                row_bytes, hops = plan.row_bytes, unit.hosts(transport) is not None
+            if plan is None:
+                return x.nbytes, False
         else:
             lanes, plan = self._route(transport)
             rows, own = out.view(transport.world_size, -1), x.view(1, -1)
@@ -96,8 +111,7 @@ class WeightGather:
             )
             for lane, landing in zip(lanes, landings, strict=True):
                 lane.put(landing, rows)
-            row_bytes, hops = plan.row_bytes, unit.hosts(transport) is not None
-        unit.count(unit.weights, numel, before, row_bytes, transport, hops)
+        return plan.row_bytes, unit.hosts(transport) is not None
 
     def _differences(self, tracker: Tracker, x: Tensor, transport: C10d) -> _Planned:
         """Bring the reference up to date. x: the own row's memory, which holds the new parameters."""
@@ -135,7 +149,7 @@ class WeightGather:
             Strip(x.view(-1), landing.view(-1), Coding() if lane.format.kind == "raw" else coding, adds=adds)
             for lane, x, landing, adds in lanes
         ]
-        codec = implementation(unit.backend, strips[0].x.device)
+        codec = implementation(unit.backend, strips[0].x.device, *plan.formats)
         yield from gather(ShardMessage(plan, strips, transport, codec, unit.hosts(transport)))
 
     def _route(self, transport: C10d) -> tuple[list[Lane], Plan]:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from torch import Tensor
 
+from commq.attach.dcp import count_states, pack_state, read_states
 from commq.attach.fsdp_attached import Attached
-from commq.attach.fsdp_state import load_unit, unit_state
+from commq.attach.fsdp_state import fold_shards, load_unit, unit_state
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,22 +77,49 @@ class ShardHandle:
         for each in self.units.values():
             each.gather.forget()
 
-    def state_dict(self) -> dict[str, Any]:
-        """This rank's counters, residuals and own part of the references: tensors and plain data.
-
-        Save it for each rank: torch.distributed.checkpoint.save({..., f"commq-{rank}": handle.state_dict()}).
-        """
+    @property
+    def mesh(self) -> tuple[int, int]:
+        """Hosts whose shards are reduced among each other (1 without HSDP), and ranks that parameters are cut for."""
         first = next(iter(self.units.values()))
-        between = first.between
-        replicas = 1 if between is None else dist.get_world_size(between.group)
+        replicas = 1 if first.between is None else dist.get_world_size(first.between.group)
+        return replicas, first.unit.layout.world_size
+
+    @property
+    def rank(self) -> int:
+        """This rank's number in the mesh, hosts after each other."""
+        first = next(iter(self.units.values()))
+        row = 0 if first.between is None else dist.get_rank(first.between.group)
+        return row * self.mesh[1] + dist.get_rank(first.unit.layout.process_group)
+
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's counters, residuals and own part of the references: tensors and plain data. Each rank's differs.
+
+        For torch.distributed.checkpoint see `dcp_state`.
+        """
         units = {name: unit_state(each) for name, each in self.units.items()}
-        return {"mesh": [replicas, first.unit.layout.world_size], "units": units}
+        return {"mesh": list(self.mesh), "rank": self.rank, "units": units}
+
+    def dcp_state(self) -> dict[str, Tensor]:
+        """This rank's state for torch.distributed.checkpoint: `dcp.save({"model": ..., **handle.dcp_state()})`."""
+        return pack_state(self.state_dict(), self.rank)
+
+    def load_dcp(self, path: str | Path) -> None:
+        """Restore what `dcp.save` wrote to `path`, on any mesh, after the module's parameters were loaded.
+
+        All ranks call it. To the bit on the same mesh; see `commq.fold`. Raises as `load_state_dict`.
+        """
+        replicas, world_size = self.mesh
+        saved = count_states(path)
+        (state,) = read_states(path, [min(self.rank, saved - 1)])
+        if state["mesh"] != [replicas, world_size]:
+            state = fold_shards(read_states(path, range(saved)), world_size, replicas)[self.rank]
+        self.load_state_dict(state)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore `state_dict()`, to the bit, after the module's parameters were loaded. All ranks call it.
 
-        At another world size, `commq.fold_shards` the states of all ranks first. Raises ValueError if the state is of
-        another recipe or another model.
+        On another mesh, `commq.fold` the states of all ranks first. Raises ValueError if the state is of another recipe
+        or another model.
         """
         found = state["units"]
         if found.keys() != self.units.keys():

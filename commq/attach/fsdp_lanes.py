@@ -63,13 +63,29 @@ class Lane:
             there, here = rows[:, start : start + shard.numel], lane[:, place : place + shard.numel]
             there.copy_(there.float() + here if adds else here)
 
+    def padded(self, shard: Shard) -> int:
+        """Elements that a shard takes in the lane's row, padding included."""
+        return -(-shard.numel // self.unit) * self.unit
+
+    def clear_gaps(self, residual: Tensor) -> None:
+        """Zero the padding of a residual of (K * C,): it is no parameter's, so it is not saved.
+
+        Zeros that travel as zeros lose nothing; repeated elements do, and zeros where no level is 0.
+        """
+        if self.in_place or not (self.fill or (self.format.kind == "levels" and 0.0 not in self.format.levels)):
+            return
+        rows = residual.view(-1, self.numel)
+        for shard, place in zip(self.shards, self.places, strict=True):
+            if shard.numel % self.unit:
+                rows[:, place + shard.numel : place + self.padded(shard)] = 0
+
     @property
     def _gaps(self) -> bool:
         return sum(shard.numel for shard in self.shards) != self.numel
 
     def _repeat_last(self, lane: Tensor) -> None:
         for shard, place in zip(self.shards, self.places, strict=True):
-            end = place + -(-shard.numel // self.unit) * self.unit
+            end = place + self.padded(shard)
             for row, valid in enumerate(shard.valid if len(lane) > 1 else ()):
                 if 0 < valid < end - place:
                     lane[row, place + valid : end] = lane[row, place + valid - 1]

@@ -60,6 +60,12 @@ def fsdp_modules(root: nn.Module) -> Iterator[tuple[str, FSDPModule]]:
                 yield name, module
 
 
+def is_root(module: nn.Module) -> bool:
+    """Whether `module` is what FSDP2 found to be its root, which it does when the first forward pass begins."""
+    with _private(type(module).__name__):
+        return cast(FSDPModule, module)._get_fsdp_state()._is_root is True
+
+
 class GroupLayout:
     """The parameter group of one FSDP module. Raises ValueError for what cannot be compressed, with the reason.
 
@@ -95,7 +101,6 @@ class GroupLayout:
             self.process_group: dist.ProcessGroup = mesh.shard_process_group
             self.world_size: int = mesh.shard_mesh_size
             self.shards = tuple(self._shard(p, names) for p in self._params)
-            self.device: torch.device = self._group.device
         self._touched: set[int] = set()
 
     def _shard(self, param: Any, names: Mapping[int, str]) -> Shard:
@@ -132,11 +137,6 @@ class GroupLayout:
         """Of what the group's all-gather sends."""
         policy = self._group.mp_policy.param_dtype
         return {policy or p.sharded_param.dtype for p in self._params}
-
-    @property
-    def reshards_after_forward(self) -> bool:
-        """Parameters are gathered again for the backward pass."""
-        return self._group.post_forward_mesh_info is not None
 
     def is_secondary(self, group: dist.ProcessGroup) -> bool:
         """A gather among `group` starts from what reshard_after_forward=int left on fewer ranks."""

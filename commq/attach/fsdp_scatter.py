@@ -86,12 +86,15 @@ class GradientScatter:
                 route.lanes, sources, landings, route.residuals, route.second, strict=True
             )
         ]
-        codec = implementation(unit.backend, input_tensor.device)
+        codec = implementation(unit.backend, input_tensor.device, *route.plan.formats)
         run(scatter(ShardMessage(route.plan, strips, transport, codec, hosts, self._divisor(op, transport))))
         for lane, landing in zip(route.lanes, landings, strict=True):
             lane.put(landing, out)
-        self._clear_gaps(route)
-        unit.count(unit.gradients, numel, before, route.plan.row_bytes, transport, hosts is not None)
+        for lane, lost in zip(route.lanes, route.residuals, strict=True):
+            if lost is not None:
+                lane.clear_gaps(lost.values)
+        sent = transport.memory.sent_bytes - before
+        unit.count(unit.gradients, numel, sent, route.plan.row_bytes, transport, hosts is not None)
         unit.members = members
         unit.steps += 1
 
@@ -128,22 +131,19 @@ class GradientScatter:
         return self._route
 
     def _bind(self, residual: Residual, lane: Lane, rows: int, x: Tensor, coded: bool) -> Stored | None:
-        """The residual of a lane of `rows` rows; each shard's is known by its parameter and row."""
+        """The residual of a lane of `rows` rows; each shard's is known by its parameter and row.
+
+        In the second hop padding has one, too: sums are still rotated there.
+        """
         if residual.feedback.rule == "none" or not coded:
             return None
         segments = [
-            Segment(f"{shard.name}#{row}", row * lane.numel + place, shard.numel)
+            Segment(
+                f"{shard.name}#{row}",
+                row * lane.numel + place,
+                lane.padded(shard) if residual is self.second_residual else shard.numel,
+            )
             for row in range(rows)
             for shard, place in zip(lane.shards, lane.places, strict=True)
         ]
         return residual.bind(segments, rows * lane.numel, x.device)
-
-    def _clear_gaps(self, route: _Route) -> None:
-        """A rotation and sign codes send something for padding, too; its residual stays zero."""
-        if self.unit.recipe.rotation is None and self.unit.recipe.format.kind != "sign":
-            return
-        for lane, lost in zip(route.lanes, route.residuals, strict=True):
-            if lost is not None and not lane.in_place:
-                rows = lost.values.view(-1, lane.numel)
-                for shard, place in zip(lane.shards, lane.places, strict=True):
-                    rows[:, place + shard.numel : place + -(-shard.numel // lane.unit) * lane.unit] = 0

@@ -2,21 +2,17 @@
 
 Rules at another number: references are cut anew, so differences go on as they were. Residuals of the ranks' own
 gradients are put together to whole parameters; new rank r takes the sum of those of the old ranks j with
-j mod world_size == r, as in `commq.fold`, so the sum over ranks is kept (between hosts: the sum over hosts). Residuals
+j mod world_size == r, as without sharding, so the sum over ranks is kept (between hosts: the sum over hosts). Residuals
 of a second hop start from zero: they belong to hosts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict_loader import load
 
 from commq.attach.fsdp_attached import Attached
 from commq.codecs.reference import load_residual, store_residual
@@ -46,14 +42,15 @@ def load_unit(each: Attached, state: State) -> None:
     each.unit.progress.load_state_dict(state["progress"])
     for name, traffic in each.traffics.items():
         traffic.raw, traffic.sent, traffic.leaving = state["traffic"].get(name, [0, 0, 0])
+    unit = each.unit.recipe.unit
     for name, residual in each.residuals.items():
-        numels = {s.name: s.numel for s in layout.shards}
+        numels = {s.name: -(-s.numel // unit) * unit if name == "second" else s.numel for s in layout.shards}
         for key, values in state["residuals"][name]["values"].items():
             expected_numel = numels.get(key.rpartition("#")[0], 0)
             if values.numel() != expected_numel:
                 raise ValueError(
                     f"the state's residual {key!r} has {values.numel()} elements, the shard has {expected_numel}; at "
-                    "another world size, commq.fold_shards the states first"
+                    "another world size, commq.fold the states first"
                 )
         residual.load_state_dict(state["residuals"][name])
     reference = state["reference"]
@@ -62,24 +59,26 @@ def load_unit(each: Attached, state: State) -> None:
     elif reference.numel() != sum(s.numel for s in layout.shards):
         raise ValueError(
             f"the state's reference has {reference.numel()} elements, the rank's shards have "
-            f"{sum(s.numel for s in layout.shards)}; at another world size, commq.fold_shards the states first"
+            f"{sum(s.numel for s in layout.shards)}; at another world size, commq.fold the states first"
         )
     else:
         each.gather.restore(reference)
 
 
 def fold_shards(states: list[State], world_size: int, replicas: int = 1) -> list[State]:
-    """The state of every new rank from that of every old one, both in rank order.
+    """The state of every new rank, in the mesh's order, from that of every old one, in any order.
 
     world_size: ranks that parameters are sharded over; replicas: of those, for a mesh (replicas, world_size). At the
     same sizes the states come back unchanged, to the bit.
     """
     old_replicas, old_size = states[0]["mesh"]
     if len(states) != old_replicas * old_size:
-        raise ValueError(f"fold_shards: {len(states)} states, expected those of all {old_replicas * old_size} ranks")
+        raise ValueError(f"fold: {len(states)} states, expected those of all {old_replicas * old_size} ranks")
     if (old_replicas, old_size) == (replicas, world_size):
         return states
-    folded: list[State] = [{"mesh": [replicas, world_size], "units": {}} for _ in range(replicas * world_size)]
+    states = sorted(states, key=lambda state: state["rank"])
+    ranks = range(replicas * world_size)
+    folded: list[State] = [{"mesh": [replicas, world_size], "rank": rank, "units": {}} for rank in ranks]
     for name in states[0]["units"]:
         units = [state["units"][name] for state in states]
         for rank, unit in enumerate(_fold_unit(units, old_size, world_size, replicas)):
@@ -160,28 +159,3 @@ def _cut(whole: Tensor, shard: tuple[str, list[int], int], world_size: int) -> l
     padded = whole.new_zeros(*shape[:dim], step * world_size, *shape[dim + 1 :])
     padded.narrow(dim, 0, shape[dim]).copy_(whole)
     return [part.reshape(-1) for part in padded.split(step, dim=dim)]
-
-
-def read_shard_states(path: str | Path, prefix: str = "commq-") -> list[State]:
-    """The states of all ranks that saved a checkpoint of torch.distributed.checkpoint with f"{prefix}{rank}" in it."""
-    reader = FileSystemReader(path)
-    metadata = reader.read_metadata()
-    flat: dict[str, Any] = {
-        key: torch.empty(value.size, dtype=value.properties.dtype) if isinstance(value, TensorStorageMetadata) else None
-        for key, value in metadata.state_dict_metadata.items()
-        if key.startswith(prefix)
-    }
-    load(flat, storage_reader=reader)
-    states: dict[str, Any] = {}
-    for key, value in flat.items():
-        *parents, last = metadata.planner_data[key]
-        node = states
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = value
-    for state in states.values():
-        for unit in state["units"].values():
-            for residual in unit["residuals"].values():  # a checkpoint has no empty mappings
-                residual.setdefault("values", {})
-                residual.setdefault("scales", {})
-    return [states[f"{prefix}{rank}"] for rank in range(len(states))]

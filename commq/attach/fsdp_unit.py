@@ -69,11 +69,11 @@ class Unit:
     def shards(self, members: tuple[int, ...]) -> list[Shard]:
         return [self.layout.shards[i] for i in members]
 
-    def count(self, traffic: Traffic, row_numel: int, before: int, row_bytes: int, transport: C10d, hops: bool) -> None:
-        """Count an exchange of rows of `row_numel` elements, before which the group had sent `before` bytes.
+    def count(self, traffic: Traffic, row_numel: int, sent: int, row_bytes: int, transport: C10d, hops: bool) -> None:
+        """Count an exchange of rows of `row_numel` elements, for which this rank sent `sent` bytes.
 
         row_bytes: of a row that travels to other hosts, too.
         """
         known = transport.memory.facts.get(HOSTS)
         leaving = leaving_bytes(row_bytes, known, transport.rank, hops=hops) if isinstance(known, Hosts) else 0
-        traffic.add((transport.world_size - 1) * 4 * row_numel, transport.memory.sent_bytes - before, leaving)
+        traffic.add((transport.world_size - 1) * 4 * row_numel, sent, leaving)

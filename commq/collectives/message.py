@@ -97,9 +97,8 @@ def make_messages(
     backend: str = "auto",
 ) -> Iterator[Message]:
     """The pieces of a message, in order."""
-    layouts = [layout for plan in plans for part in plan.parts for layout in (part.layout, part.answer, part.inside)]
-    tables = {layout.format for layout in layouts if layout.format.kind in ("levels", "means")}
-    codec = implementation(backend, operands[0].x_N.device, *tables)
+    formats = dict.fromkeys(fmt for plan in plans for fmt in plan.formats)
+    codec = implementation(backend, operands[0].x_N.device, *formats)
     divisor = float(transport.world_size) if average else 1.0
     starts = [0] * len(operands)
     for plan in plans:

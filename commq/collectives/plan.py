@@ -111,6 +111,12 @@ class Plan:
         return _row([(part.inside_offset, part.inside) for part in self.parts])
 
     @cached_property
+    def formats(self) -> tuple[Format, ...]:
+        """All formats of its hops, each once: what codecs must have."""
+        layouts = (layout for part in self.parts for layout in (part.layout, part.answer, part.inside))
+        return tuple(dict.fromkeys(layout.format for layout in layouts))
+
+    @cached_property
     def has_gaps(self) -> bool:
         """Rows have bytes between parts that no codec writes."""
         layouts = (layout for part in self.parts for layout in (part.layout, part.answer, part.inside))

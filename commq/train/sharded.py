@@ -63,8 +63,8 @@ class ShardedTrainer(Trainer):
         }
 
     def fold(self, handles: list[dict[str, Any]]) -> dict[str, Any]:
-        mesh = self.handle.state_dict()["mesh"]
-        return commq.fold_shards(handles, mesh[1], mesh[0])[self.ranks.rank]
+        replicas, world_size = self.handle.mesh
+        return commq.fold(handles, world_size, replicas=replicas)[self.handle.rank]
 
     def _load_common(self, common: dict[str, Any]) -> None:
         options = StateDictOptions(full_state_dict=True)
