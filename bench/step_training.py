@@ -22,8 +22,9 @@ class Training:
         with device:
             model = GPT2(config)
         self.attached: Attached = method.attach(model)
-        plain = torch.optim.AdamW(self.attached.module.parameters(), lr=1e-4, fused=True)
-        self.optimizer = self.attached.optimizer or plain
+        self.optimizer = self.attached.optimizer or torch.optim.AdamW(
+            self.attached.module.parameters(), lr=1e-4, fused=True
+        )
         self.tokens = [random_tokens(config, rows, seed=4 * dist.get_rank() + i, device=device) for i in range(4)]
         self.steps = 0
 

@@ -7,7 +7,7 @@ plain before it is believed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -57,8 +57,10 @@ def pick(
                 name: (candidates[name], plans),
                 "plain": (plain, (make_plan(sources, world_size=transport.world_size),)),
             }
+            generator = torch.Generator(device).manual_seed(0)
+            tensors = [torch.randn(s.numel, generator=generator, device=device).to(s.dtype) for s in sources]
             times = {
-                each: _try(build, pieces, sources, coding, transport, device=device, backend=backend)
+                each: _time(build, pieces, tensors, coding, transport, transport, backend)
                 for each, (build, pieces) in contestants.items()
             }
             name = min(times, key=lambda each: times[each])
@@ -67,25 +69,22 @@ def pick(
     return picked
 
 
-def _try(
+def _time(
     build: Build,
-    plans: tuple[Plan, ...],
-    sources: tuple[Source, ...],
+    plans: Sequence[Plan],
+    tensors: Sequence[Tensor],
     coding: Coding,
+    over: Transport,
     transport: Transport,
-    *,
-    device: torch.device,
     backend: str,
 ) -> int:
-    """Nanoseconds of the real thing, on numbers drawn for it; all ranks do it together and agree."""
-    generator = torch.Generator(device).manual_seed(0)
-    tensors = [torch.randn(s.numel, generator=generator, device=device).to(s.dtype) for s in sources]
+    """Nanoseconds of an exchange of `tensors` over `over`; the ranks of `transport` do it together and agree."""
     operands = [Operand(x_N, torch.empty_like(x_N), coding) for x_N in tensors]
 
     def call() -> None:
-        Exchange(map(build, make_messages(plans, operands, transport, average=True, backend=backend))).finish()
+        Exchange(map(build, make_messages(plans, operands, over, average=True, backend=backend))).finish()
 
-    return link.agree(transport, link.time_call(call, device))
+    return link.agree(transport, link.time_call(call, tensors[0].device))
 
 
 def find_costs(
@@ -124,12 +123,7 @@ def _codecs(
 ) -> link.Curve:
     def time_of(x_N: Tensor) -> int:
         plan = make_plan((replace(source, numel=x_N.numel()),), world_size=transport.world_size)
-        operand, idle = Operand(x_N, torch.empty_like(x_N), coding), Rehearsal(transport)
-
-        def call() -> None:
-            Exchange(map(build, make_messages([plan], [operand], idle, average=True, backend=backend))).finish()
-
-        return link.agree(transport, link.time_call(call, device))
+        return _time(build, [plan], [x_N], coding, Rehearsal(transport), transport, backend)
 
     key = ("codecs", name, replace(source, numel=0), coding, device, backend)
     return link.remember(transport, key, lambda: rehearse(time_of, piece_bytes, source.dtype, device))

@@ -55,9 +55,6 @@ class Birder(CommOptimizer):
         defaults = {"lr": lr, "beta": beta, "weight_decay": weight_decay}
         super().__init__(module, params, defaults, recipe=recipe, plain_format="fp32", **options)
 
-    def mode(self, step: int) -> Mode:
-        return "coded"
-
     def make_own(self, parameter: Tensor) -> dict[str, Tensor]:
         zeros = torch.zeros_like(parameter, dtype=torch.float32)
         return {"exp_avg": zeros, "exp_avg_abs": zeros.clone()}

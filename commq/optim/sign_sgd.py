@@ -49,9 +49,6 @@ class EFSignSGD(CommOptimizer):
         recipe = momentum_recipe(momentum_format, answer=answer_format, feedback=feedback)
         super().__init__(module, params, defaults, recipe=recipe, plain_format="fp32", **options)
 
-    def mode(self, step: int) -> Mode:
-        return "coded"
-
     def make_state(self, parameter: Tensor) -> dict[str, Tensor]:
         return {"momentum_buffer": torch.zeros_like(parameter, dtype=torch.float32)}
 
@@ -91,9 +88,6 @@ class SignSGD(CommOptimizer):
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
         recipe = momentum_recipe(momentum_format, feedback="none")
         super().__init__(module, params, defaults, recipe=recipe, plain_format="fp32", **options)
-
-    def mode(self, step: int) -> Mode:
-        return "coded"
 
     def make_own(self, parameter: Tensor) -> dict[str, Tensor]:
         return {"exp_avg": torch.zeros_like(parameter, dtype=torch.float32)}
