@@ -177,7 +177,8 @@ void clear_gaps(uint8_t* row, const Layout& layout) {
 // with `lost` what y loses by it, NaN where that is not finite (raw formats: always the latter).
 void encode_tile(const float* y, uint8_t* row, const Layout& layout, int64_t at, int n, const Random& random,
                  const Numbering& place, bool lost, Buffers& buffers) {
-  const uint16_t* bits = random.stochastic ? draw(layout, random, place, n, buffers) : nullptr;
+  const bool loses = !is_raw(layout.format) || layout.format == FormatId::bf16;
+  const uint16_t* bits = random.stochastic && loses ? draw(layout, random, place, n, buffers) : nullptr;
   uint8_t* wire = row + codes_at(layout, at);
   if (is_raw(layout.format)) {
     encode_raw(y, layout.format, bits, n, wire, buffers.after);

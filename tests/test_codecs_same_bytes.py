@@ -164,6 +164,20 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", ["fp32", "fp16"])
+def test_what_travels_raw_is_not_rounded_at_random(name: str, device: str) -> None:
+    """A tensor too short for its format travels raw, with the coding of the format."""
+    x = torch.randn(131, generator=torch.Generator().manual_seed(0)) * 100
+    layout = Layout(get_format(name), len(x), 1)
+    coding = Coding(rounding="stochastic", seed=5, step=7)
+    expected = torch.zeros(1, layout.chunk_bytes, dtype=torch.uint8)
+    reference.encode_bucket(x, expected, layout, coding)
+    found = torch.zeros_like(expected, device=device)
+    native_on(device).encode_bucket(x.to(device), found, layout, coding)
+    assert torch.equal(found.cpu(), expected)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", ["bf16", "nvfp4"])
 def test_opcheck(name: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """torch's own checks of each op: schema, mutated arguments, fake implementation."""

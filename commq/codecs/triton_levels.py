@@ -14,11 +14,22 @@ _sum = tl.standard._sum_combine
 
 
 @triton.jit
-def count_below(t_GB, EDGES: tl.constexpr, FIRST: tl.constexpr, COUNT: tl.constexpr):
-    """int32: how many of EDGES[FIRST], ... (COUNT of them) are at or below t."""
-    below_GB = (t_GB >= EDGES[FIRST]).to(tl.int32)
-    for k in tl.static_range(1, COUNT):
-        below_GB += (t_GB >= EDGES[FIRST + k]).to(tl.int32)
+def edges_below(t_GB, FMT: tl.constexpr):
+    """int32: how many edges between levels are at or below t, which is the code of the nearest level."""
+    count: tl.constexpr = FMT.count
+    below_GB = (t_GB >= FMT.edges[0]).to(tl.int32)
+    for k in tl.static_range(1, count - 1):
+        below_GB += (t_GB >= FMT.edges[k]).to(tl.int32)
+    return below_GB
+
+
+@triton.jit
+def levels_below(t_GB, FMT: tl.constexpr):
+    """int32: how many levels but the first are at or below t, which is the code of the last one that is."""
+    count: tl.constexpr = FMT.count
+    below_GB = (t_GB >= FMT.levels[1]).to(tl.int32)
+    for k in tl.static_range(2, count):
+        below_GB += (t_GB >= FMT.levels[k]).to(tl.int32)
     return below_GB
 
 
@@ -37,13 +48,13 @@ def level_values(codes_GB, FMT: tl.constexpr):
 def level_codes(t_GB, random_GB, FMT: tl.constexpr, STOCHASTIC: tl.constexpr):
     """int32 codes of scaled numbers: the nearest level, or one of the two around t."""
     if STOCHASTIC:
-        below_GB = count_below(t_GB, FMT.levels, 1, FMT.count - 1)
+        below_GB = levels_below(t_GB, FMT)
         low_GB = level_values(below_GB, FMT)
         step_GB = level_values(tl.minimum(below_GB + 1, FMT.count - 1), FMT) - low_GB
         up_GB = tl.where(step_GB > 0, tl.div_rn(t_GB - low_GB, tl.where(step_GB > 0, step_GB, 1.0)), 0.0)
         return tl.minimum(tl.maximum(below_GB + floor_integer(up_GB + random_GB), 0), FMT.count - 1)
     else:
-        return count_below(t_GB, FMT.edges, 0, FMT.count - 1)
+        return edges_below(t_GB, FMT)
 
 
 @triton.jit
@@ -63,7 +74,7 @@ def encode_fitted(h_GB, FMT: tl.constexpr, G: tl.constexpr):
     some_G = energy_G > 0
     spread_G = tl.full(energy_G.shape, FMT.spread, tl.float32)
     factor_G = tl.where(some_G, tl.sqrt_rn(tl.div_rn(spread_G, tl.where(some_G, energy_G, 1.0))), 0.0)
-    codes_GB = count_below(y_GB * factor_G[:, None], FMT.edges, 0, FMT.count - 1)
+    codes_GB = edges_below(y_GB * factor_G[:, None], FMT)
     level_GB = level_values(codes_GB, FMT)
     product_G = tree_sum(y_GB * level_GB, G, FMT.block)
     if FMT.fit == "unbiased":

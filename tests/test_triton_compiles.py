@@ -1,0 +1,57 @@
+"""The Triton kernels compile for a GPU where there is none: interpreted kernels accept what the compiler refuses."""
+
+import sys
+from contextlib import nullcontext
+from functools import partial
+
+import pytest
+import torch
+
+from codec_cases import SWEEP, Case, run_case
+
+pytest.importorskip("triton", reason="triton is not installed; pip install triton")
+
+
+class Hopper:
+    """All that Triton asks a driver before it launches something."""
+
+    def get_current_target(self):
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+
+@pytest.fixture
+def compiling(monkeypatch):
+    """Kernels are compiled and not launched."""
+    from triton.runtime import driver
+    from triton.runtime.jit import KernelInterface
+
+    from commq.codecs import triton_kernels
+
+    if sys.platform != "linux" or torch.cuda.is_available():
+        pytest.skip("where there is a GPU, its tests compile the kernels")
+    monkeypatch.setattr(driver, "_active", Hopper())
+    monkeypatch.setattr(KernelInterface, "__getitem__", lambda self, grid: partial(self.warmup, grid=grid))
+    monkeypatch.setattr(triton_kernels, "_device", lambda tensor: nullcontext())
+    return triton_kernels
+
+
+def one_of_each():
+    """The first case of every kind and rounding."""
+    cases = {}
+    for number in range(2 * len(SWEEP)):
+        case = Case(number)
+        cases.setdefault((case.layout.format.kind, case.layout.format.fit, case.coding.rounding), number)
+    return cases
+
+
+@pytest.mark.parametrize("number", one_of_each().values(), ids=map(str, one_of_each()))
+def test_every_kind_of_format_compiles(number, compiling):
+    run_case(Case(number), compiling, "cpu", fuzz=False)
