@@ -96,7 +96,9 @@ class ThreadTransport:
             row_S.copy_(theirs_WS[self.rank])
         return self._leave(send_WS.device)
 
-    def all_to_all_v(self, send: Tensor, recv: Tensor, send_splits: Sequence[int], recv_splits: Sequence[int]) -> _Done:
+    def all_to_all_v(
+        self, send: Tensor, recv: Tensor, send_splits: Sequence[int], recv_splits: Sequence[int], *, longest: int = 0
+    ) -> _Done:
         self.memory.sent_bytes += sum(send_splits) - send_splits[self.rank]
         everyone = self._ranks.show(self.rank, send.split(list(send_splits)), send.device)
         for run, theirs in zip(recv.split(list(recv_splits)), everyone, strict=True):

@@ -6,7 +6,9 @@ import torch.distributed as dist
 
 import commq
 from commq.codecs.formats import FORMATS
+from commq.collectives import slices
 from commq.collectives.all_reduce import answer_residual_numel
+from commq.collectives.memory import memory_of
 from harness import rank_generator, run_processes
 from placements import neighbours, pretend
 
@@ -97,6 +99,32 @@ def test_nccl_gives_the_same_bits_as_gloo(ranks):
     for rank, (here, there) in enumerate(zip(on_cpu, on_gpu, strict=True)):
         for (what, a), (_, b) in zip(here, there, strict=True):
             assert torch.equal(a, b), f"rank {rank}: {what}"
+
+
+def in_slices(device):
+    """Rows of several slices, the last one short: two_shot in a flat group, two_hop between hosts of two ranks."""
+    if dist.get_world_size() == 4:
+        pretend(neighbours(4, 2))
+    memory_of(dist.group.WORLD).facts["over TCP"] = True
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(slices, "SLICE_BYTES", 4096)
+        for schedule in ("two_shot", "two_hop"):
+            tensor = draw(70_003, device)
+            commq.all_reduce(tensor, AVG, format="int4", schedule=schedule)
+            yield schedule, tensor.cpu()
+
+
+def sliced(device):
+    return list(in_slices(device))
+
+
+@pytest.mark.parametrize("ranks", [3, 4])
+def test_slices_do_not_change_the_bits(ranks):
+    on_cpu = run_processes(sliced, ranks, args=("cpu",), timeout=240)
+    on_gpu = run_processes(sliced, ranks, args=("cuda",), **NCCL)
+    for here, there in zip(on_cpu, on_gpu, strict=True):
+        for (what, a), (_, b) in zip(here, there, strict=True):
+            assert torch.equal(a, b), what
 
 
 def overlap_many():

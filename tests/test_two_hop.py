@@ -349,7 +349,7 @@ class Counting:
     def all_gather(self, row_S, out_WS):
         return self.all_to_all(row_S.expand_as(out_WS).contiguous(), out_WS)
 
-    def all_to_all_v(self, send, recv, send_splits, recv_splits):
+    def all_to_all_v(self, send, recv, send_splits, recv_splits, *, longest=0):
         for to, nbytes in enumerate(send_splits):
             if to != self.rank:
                 self.sent[self.hosts.host_of[to] != self.hosts.host_of[self.rank]] += nbytes

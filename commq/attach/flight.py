@@ -81,6 +81,12 @@ class Flight:
         if self._side is None:
             # Its kernels are short and the link waits for them: they go before those of backward.
             self._side = torch.cuda.Stream(device, priority=-1)
-        self._side.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(self._side), self.clock.running(device):
-            yield
+        # By number, and without torch.cuda.stream: what looks devices up costs the host as much as a launch, each time.
+        outside = torch.cuda.current_stream(self._side.device_index)
+        self._side.wait_stream(outside)
+        torch.cuda.set_stream(self._side)
+        try:
+            with self.clock.running(device):
+                yield
+        finally:
+            torch.cuda.set_stream(outside)

@@ -9,8 +9,10 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from commq.collectives.transport import Transport
+if TYPE_CHECKING:
+    from commq.collectives.transport import Transport
 
 HOSTS = "hosts"
 """Where a group's memory keeps its Hosts. Put other ones there before the first exchange, and they are believed."""

@@ -77,7 +77,7 @@ class Mpi:
         return self._exchange("all_to_all", send_WS.unbind(), recv_WS.unbind())
 
     def all_to_all_v(
-        self, send: Tensor, recv: Tensor, send_splits: Sequence[int], recv_splits: Sequence[int]
+        self, send: Tensor, recv: Tensor, send_splits: Sequence[int], recv_splits: Sequence[int], *, longest: int = 0
     ) -> _Started:
         self.memory.sent_bytes += sum(send_splits) - send_splits[self.rank]
         return self._exchange("all_to_all", send.split(list(send_splits)), recv.split(list(recv_splits)))

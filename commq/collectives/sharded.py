@@ -183,7 +183,7 @@ def _to_peers(message: ShardMessage, hosts: Hosts, rows_nS: Tensor) -> _Rows:
     splits = _splits(transport.world_size, [ranks[local] for ranks in hosts.members], nbytes)
     outgoing = _reordered(message, rows_nS, across)
     incoming = message.take(hosts.count, nbytes)
-    yield transport.all_to_all_v(outgoing.view(-1), incoming.view(-1), splits, splits)
+    yield transport.all_to_all_v(outgoing.view(-1), incoming.view(-1), splits, splits, longest=nbytes)
 
     message.give(outgoing)
     return _reordered(message, incoming, [across.index(host) for host in range(hosts.count)])

@@ -16,6 +16,7 @@ from torch import Tensor
 from commq.collectives.lost import name_lost_ranks
 from commq.collectives.memory import Memory, memory_of
 from commq.collectives.plan import ring_bytes
+from commq.collectives.slices import are_cut, slices
 
 # torch 2.13 renamed all_gather_into_tensor.
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -38,8 +39,13 @@ class Transport(Protocol):
     def all_to_all(self, send_WS: Tensor, recv_WS: Tensor) -> Move:
         """Row w of `send` goes to rank w; row w of `recv` comes from rank w. uint8, contiguous, (W, S)."""
 
-    def all_to_all_v(self, send: Tensor, recv: Tensor, send_splits: Sequence[int], recv_splits: Sequence[int]) -> Move:
-        """The same with rows of different lengths, in bytes. uint8, 1-D; lengths of zero cost nothing."""
+    def all_to_all_v(
+        self, send: Tensor, recv: Tensor, send_splits: Sequence[int], recv_splits: Sequence[int], *, longest: int = 0
+    ) -> Move:
+        """The same with rows of different lengths, in bytes. uint8, 1-D; lengths of zero cost nothing.
+
+        longest: no rank has a longer row, where all know that; a transport may then cut rows that cross slow links.
+        """
 
     def all_gather(self, row_S: Tensor, out_WS: Tensor) -> Move:
         """Row w of `out` comes from rank w. uint8, contiguous, (S,) and (W, S)."""
@@ -78,10 +84,16 @@ class C10d:
 
     def all_to_all(self, send_WS: Tensor, recv_WS: Tensor) -> Move:
         self.memory.sent_bytes += send_WS.numel() - send_WS.shape[1]
+        if are_cut(send_WS, send_WS.shape[1], self):
+            return self._in_slices(list(send_WS), list(recv_WS), send_WS.shape[1])
         return self._start("all_to_all", dist.all_to_all_single, recv_WS, send_WS)
 
-    def all_to_all_v(self, send: Tensor, recv: Tensor, send_splits: Sequence[int], recv_splits: Sequence[int]) -> Move:
+    def all_to_all_v(
+        self, send: Tensor, recv: Tensor, send_splits: Sequence[int], recv_splits: Sequence[int], *, longest: int = 0
+    ) -> Move:
         self.memory.sent_bytes += sum(send_splits) - send_splits[self.rank]
+        if are_cut(send, longest, self):
+            return self._in_slices(send.split(list(send_splits)), recv.split(list(recv_splits)), longest)
         return self._start("all_to_all", dist.all_to_all_single, recv, send, list(recv_splits), list(send_splits))
 
     def all_gather(self, row_S: Tensor, out_WS: Tensor) -> Move:
@@ -116,6 +128,12 @@ class C10d:
         except RuntimeError as error:
             raise name_lost_ranks(self.group, "all_gather", error) from error
         return values
+
+    def _in_slices(self, send: Sequence[Tensor], recv: Sequence[Tensor], longest: int) -> Move:
+        """Rows to and from every rank, cut alike on all. What is queued last ends last."""
+        for part in slices(longest):
+            move = self._start("all_to_all", dist.all_to_all, [row[part] for row in recv], [row[part] for row in send])
+        return move
 
     def _start(self, operation: str, function: Any, *args: Any, **options: Any) -> _Started:
         try:

@@ -87,7 +87,7 @@ def two_hop(message: Message) -> Schedule:
     message.give(incoming)
     incoming = message.take_received(hosts.count, plan.row_bytes)
     splits = _splits(world_size, peers, plan.row_bytes)
-    yield transport.all_to_all_v(outgoing.view(-1), incoming.view(-1), splits, splits)
+    yield transport.all_to_all_v(outgoing.view(-1), incoming.view(-1), splits, splits, longest=plan.row_bytes)
 
     message.give(outgoing)
     incoming = _by_host(message, incoming, across)
@@ -108,7 +108,7 @@ def two_hop(message: Message) -> Schedule:
     copies[1:] = copies[0]
     run = message.take_received(hosts.count, plan.answer_bytes)
     splits = _splits(world_size, peers, plan.answer_bytes)
-    yield transport.all_to_all_v(copies.view(-1), run.view(-1), splits, splits)
+    yield transport.all_to_all_v(copies.view(-1), run.view(-1), splits, splits, longest=plan.answer_bytes)
 
     message.give(copies)
     run = _by_host(message, run, across)
