@@ -28,7 +28,7 @@ def fsdp_methods(keeps: bool, recipes: list[str], world_size: int) -> Iterator[M
     for text in recipes:
         recipe = read_recipe(text)
         if not (recipe.weights_difference and not keeps):
-            yield Method(f"commq {text}", partial(_commq, keeps, recipe), str(recipe))
+            yield Method(f"commq {text}", partial(_commq, keeps, recipe), str(recipe), measures_link=True)
 
 
 def _shard(model: nn.Module, keeps: bool, reduce_dtype: torch.dtype, shard: Callable[..., Any]) -> None:

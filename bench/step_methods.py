@@ -69,11 +69,10 @@ def ddp_methods(recipes: list[str], world_size: int) -> Iterator[Method]:
         yield Method(name, partial(_hooked, None, hook, None))
     for text in recipes:
         recipe = read_recipe(text)
-        yield Method(f"commq {text}", partial(_commq, recipe), str(recipe), measures_link=recipe.schedule == "auto")
-    yield Method("commq onebit-adam", _onebit_adam, "OneBitAdam, frozen", warm_up=6)
-    yield Method(
-        "commq zero-one-adam", _zero_one_adam, "ZeroOneAdam, ranks meet in every 16th step", warm_up=33, steps=16
-    )
+        yield Method(f"commq {text}", partial(_commq, recipe), str(recipe), measures_link=True)
+    yield Method("commq onebit-adam", _onebit_adam, "OneBitAdam, frozen", warm_up=6, measures_link=True)
+    meets = "ZeroOneAdam, ranks meet in every 16th step"
+    yield Method("commq zero-one-adam", _zero_one_adam, meets, warm_up=33, steps=16, measures_link=True)
 
 
 def _plain(sent: Callable[[nn.Module], int], model: nn.Module) -> Attached:

@@ -105,9 +105,9 @@ def in_slices(device):
     """Rows of several slices, the last one short: two_shot in a flat group, two_hop between hosts of two ranks."""
     if dist.get_world_size() == 4:
         pretend(neighbours(4, 2))
-    memory_of(dist.group.WORLD).facts["over TCP"] = True
+    memory_of(dist.group.WORLD).facts["slice"] = 4096
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(slices, "SLICE_BYTES", 4096)
+        patch.setattr(slices, "FEWEST_BYTES", 4096)
         for schedule in ("two_shot", "two_hop"):
             tensor = draw(70_003, device)
             commq.all_reduce(tensor, AVG, format="int4", schedule=schedule)

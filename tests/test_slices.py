@@ -1,19 +1,21 @@
 """Slices of long rows: together the row, none too long, where all ranks cut; and who cuts at all."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from commq.collectives import slices
+from commq.collectives import link, slices
 from commq.collectives.hosts import HOSTS, Hosts
-from commq.collectives.rehearsal import Rehearsal
-from commq.collectives.transport import C10d
-from harness import thread_ranks
+from commq.collectives.link import Curve
+from commq.collectives.memory import Memory
+
+TCP, RDMA = True, False
 
 
 @pytest.mark.parametrize("longest", [1, 15, 17, 4095, 4096, 4097, 8192, 8193, 70_001])
-def test_slices_make_up_every_row(longest, monkeypatch):
-    monkeypatch.setattr(slices, "SLICE_BYTES", 4096)
-    cuts = list(slices.slices(longest))
+def test_slices_make_up_every_row(longest):
+    cuts = list(slices.slices(longest, 4096))
     assert len(cuts) == -(-longest // 4096)
     for nbytes in {0, 1, longest // 2, longest}:
         row = torch.arange(nbytes)
@@ -23,23 +25,48 @@ def test_slices_make_up_every_row(longest, monkeypatch):
     assert all(cut.start % 16 == 0 for cut in cuts)
 
 
-@thread_ranks(3)
-def test_who_cuts(monkeypatch):
-    """Only between hosts, and only where some rank's NCCL has no RDMA."""
-    transport = C10d()
-    facts = transport.memory.facts
-    for hosts, rdma, expected in (
-        ((0, 0, 0), (False, False, False), False),
-        ((0, 1, 2), (True, True, True), False),
-        ((0, 1, 2), (True, False, True), True),
-        ((0, 0, 1), (False, False, False), True),
-    ):
-        facts.clear()
-        facts[HOSTS] = Hosts(hosts)
-        own = Rehearsal(transport)
-        own.share = lambda value, rdma=rdma: [not each for each in rdma]
-        assert slices.over_tcp(own) is expected
-        assert not slices.are_cut(torch.zeros(1), 1 << 30, own)  # on a CPU gloo has its own ways
+def group(host_of, links):
+    """A group whose ranks have told each other what their links are."""
+    memory = Memory()
+    memory.facts[HOSTS] = Hosts(host_of)
+    return SimpleNamespace(world_size=len(host_of), memory=memory, share=lambda own: list(links))
+
+
+@pytest.mark.parametrize(
+    ("host_of", "links", "expected"),
+    [
+        ((0, 0, 0), (TCP, TCP, TCP), False),
+        ((0, 1, 2), (RDMA, RDMA, RDMA), False),
+        ((0, 1, 2), (RDMA, TCP, RDMA), True),
+        ((0, 0, 1), (TCP, TCP, TCP), True),
+    ],
+)
+def test_only_tcp_between_hosts_is_cut(host_of, links, expected):
+    assert slices.over_tcp(group(host_of, links)) is expected
+
+
+@pytest.mark.parametrize(
+    ("bytes_per_second", "expected"),
+    [(125_000_000, 250_000), (1_250_000_000, 2_500_000), (10**12, 100_000_000), (1000, slices.FEWEST_BYTES)],
+)
+def test_slices_take_as_long_on_every_link(bytes_per_second, expected, monkeypatch):
+    """1 Gbit/s, 10 Gbit/s, faster than rows are long, and all but dead; four ranks."""
+    curve = Curve(((0, 7_000), (10**9, 7_000 + 10**18 // bytes_per_second)))
+    rows = SimpleNamespace(is_cuda=True, device="cuda")
+    transport = group((0, 1, 2, 3), (TCP,) * 4)
+    asked = []
+
+    def moves(transport, device):
+        asked.append(slices.slice_bytes(rows, 1 << 20, transport))  # measuring must not ask for measurements
+        return curve
+
+    monkeypatch.setattr(link, "moves", moves)
+    longest = 100_000_000
+    found = slices.slice_bytes(rows, longest, transport)
+    assert expected - 16 <= found <= expected
+    assert found == slices.slice_bytes(rows, longest, transport) and asked == [1 << 20]
+    assert slices.slice_bytes(rows, 100, transport) == 100
+    assert slices.slice_bytes(torch.zeros(1), longest, transport) == longest  # gloo has its own ways
 
 
 @pytest.mark.parametrize(

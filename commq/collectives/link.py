@@ -11,12 +11,15 @@ import time
 from bisect import bisect_left
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 
 from commq.collectives.hosts import Hosts
-from commq.collectives.transport import Move, Transport
+
+if TYPE_CHECKING:
+    from commq.collectives.transport import Move, Transport
 
 SIZES = tuple(4096 << (2 * i) for i in range(8))  # 4 KiB .. 64 MiB
 """Bytes of the moves that are timed."""
@@ -37,6 +40,11 @@ class Curve:
         i = min(max(bisect_left(self.points, (nbytes, 0)), 1), len(self.points) - 1)
         (n0, t0), (n1, t1) = self.points[i - 1], self.points[i]
         return t0 + (nbytes - n0) * (t1 - t0) // (n1 - n0)
+
+    def bytes_per_second(self) -> int:
+        """Of long operations, their start left out."""
+        (n0, t0), (n1, t1) = self.points[-2:] if len(self.points) > 1 else ((0, 0), self.points[0])
+        return (n1 - n0) * 1_000_000_000 // max(1, t1 - t0)
 
 
 def rising(points: list[tuple[int, int]]) -> Curve:

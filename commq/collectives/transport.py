@@ -7,7 +7,7 @@ moves in the same order.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 import torch.distributed as dist
@@ -16,7 +16,7 @@ from torch import Tensor
 from commq.collectives.lost import name_lost_ranks
 from commq.collectives.memory import Memory, memory_of
 from commq.collectives.plan import ring_bytes
-from commq.collectives.slices import are_cut, slices
+from commq.collectives.slices import slice_bytes, slices
 
 # torch 2.13 renamed all_gather_into_tensor.
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -84,16 +84,18 @@ class C10d:
 
     def all_to_all(self, send_WS: Tensor, recv_WS: Tensor) -> Move:
         self.memory.sent_bytes += send_WS.numel() - send_WS.shape[1]
-        if are_cut(send_WS, send_WS.shape[1], self):
-            return self._in_slices(list(send_WS), list(recv_WS), send_WS.shape[1])
+        row_bytes = send_WS.shape[1]
+        if (part := slice_bytes(send_WS, row_bytes, self)) < row_bytes:
+            return self._in_slices(list(send_WS), list(recv_WS), slices(row_bytes, part))
         return self._start("all_to_all", dist.all_to_all_single, recv_WS, send_WS)
 
     def all_to_all_v(
         self, send: Tensor, recv: Tensor, send_splits: Sequence[int], recv_splits: Sequence[int], *, longest: int = 0
     ) -> Move:
         self.memory.sent_bytes += sum(send_splits) - send_splits[self.rank]
-        if are_cut(send, longest, self):
-            return self._in_slices(send.split(list(send_splits)), recv.split(list(recv_splits)), longest)
+        if (part := slice_bytes(send, longest, self)) < longest:
+            cuts = slices(longest, part)
+            return self._in_slices(send.split(list(send_splits)), recv.split(list(recv_splits)), cuts)
         return self._start("all_to_all", dist.all_to_all_single, recv, send, list(recv_splits), list(send_splits))
 
     def all_gather(self, row_S: Tensor, out_WS: Tensor) -> Move:
@@ -129,9 +131,9 @@ class C10d:
             raise name_lost_ranks(self.group, "all_gather", error) from error
         return values
 
-    def _in_slices(self, send: Sequence[Tensor], recv: Sequence[Tensor], longest: int) -> Move:
+    def _in_slices(self, send: Sequence[Tensor], recv: Sequence[Tensor], cuts: Iterable[slice]) -> Move:
         """Rows to and from every rank, cut alike on all. What is queued last ends last."""
-        for part in slices(longest):
+        for part in cuts:
             move = self._start("all_to_all", dist.all_to_all, [row[part] for row in recv], [row[part] for row in send])
         return move
 
