@@ -9,10 +9,11 @@ One line turns it on for a DistributedDataParallel module:
 
     handle = commq.register(ddp, "int4")
 
-`commq.optim` has optimizers that send a momentum in one bit in place of the gradient.
+`commq.optim` has optimizers that send a momentum in one bit in place of the gradient. `commq.functional` has
+differentiable exchanges, for activations and their gradients.
 """
 
-from commq import optim
+from commq import functional, optim
 from commq.attach.check import ReplicaError
 from commq.attach.ddp import HookState, comm_hook, register
 from commq.attach.estimate import estimate_memory
@@ -63,6 +64,7 @@ __all__ = [
     "estimate_memory",
     "fold",
     "fully_shard",
+    "functional",
     "get_format",
     "handle_of",
     "optim",
