@@ -91,7 +91,7 @@ def test_finite_differences_where_the_path_is_linear():
 
 
 @thread_ranks(2, 3, 8)
-@pytest.mark.parametrize(("forward", "backward"), [("int8", "int4"), ("int4", "bf16"), ("fp8_e4m3", "int8")])
+@pytest.mark.parametrize(("forward", "backward"), [("int8", "int4"), ("spike5", "bf16"), ("fp8_e4m3", "spike3")])
 def test_each_direction_is_within_the_bound_of_its_format(forward, backward):
     """Inputs whose magnitudes differ by 1000 between ranks, with one outlier; sums are compared in float64."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
@@ -121,8 +121,12 @@ def assert_within(kind, found, x, name):
     if kind in ("all_reduce", "reduce_scatter"):
         allowed = allowed + total.abs() * 2.0**-20 + sum(gather(x.abs().to(torch.float64))).amax() * 2.0**-20
     if kind == "all_reduce":  # the second hop encodes the sum, which the first has moved
-        rough = total.abs() + allowed
-        allowed = allowed + error_bound(rough.reshape(-1).to(torch.float32), fmt).view_as(total) * (1 + 2.0**-20)
+        rough = (total.abs() + allowed).reshape(-1).to(torch.float32)
+        again = error_bound(rough, fmt)
+        if fmt.kind == "spikes":  # other elements may be kept in the moved sum
+            padded = torch.nn.functional.pad(again, (0, -len(again) % fmt.block)).view(-1, fmt.block)
+            again = padded.amax(dim=-1).repeat_interleave(fmt.block)[: len(again)]
+        allowed = allowed + again.view_as(total) * (1 + 2.0**-20)
     assert bool(((found.to(torch.float64) - total).abs() <= allowed).all()), kind
 
 

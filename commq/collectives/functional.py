@@ -17,7 +17,7 @@ Each function returns a new tensor. Its gradient is the uncompressed function's,
 
 What all have in common:
 format: Format or name for the values. backward: for the gradients; None: the same one.
-group: a ProcessGroup, a DeviceMesh of one dimension, None for all ranks.
+group: a ProcessGroup, its name, a DeviceMesh of one dimension, None for all ranks.
 rounding, rotation, seed: as those of `commq.all_reduce`; formats without scales are not rotated.
 step: a number that changes from call to call when rounding is stochastic. Random bits are counted from it and `seed`
 alone, so a checkpointed layer that is computed again with the same step sends the same bytes. With nearest rounding it
@@ -49,7 +49,7 @@ from commq.collectives import point_to_point
 from commq.collectives.traffic import counted
 from commq.collectives.wires import group_name, intern_wire, place_in, transport_named, wire_of
 
-Group = dist.ProcessGroup | DeviceMesh
+Group = dist.ProcessGroup | DeviceMesh | str
 Rounding = Literal["nearest", "stochastic"]
 
 
@@ -158,6 +158,7 @@ def replicate(
     x: Tensor,
     *,
     format: Format | str,
+    schedule: str = "two_shot",
     group: Group | None = None,
     rounding: Rounding = "nearest",
     rotation: Rotation | int | None = None,
@@ -167,9 +168,9 @@ def replicate(
 ) -> Tensor:
     """x, which is the same on all ranks and of which each computes something else: their gradients are summed.
 
-    format: for the gradients; nothing is sent forward.
+    format: for the gradients; nothing is sent forward. schedule: see `commq.all_reduce`.
     """
-    wire = intern_wire(name or "replicate", format, None, rounding, rotation, seed)
+    wire = intern_wire(name or "replicate", format, None, rounding, rotation, seed, schedule)
     y: Tensor = _Replicate.apply(x, wire, group_name(group), step)
     return y
 

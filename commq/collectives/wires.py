@@ -36,7 +36,7 @@ class Wire:
     rotation: Rotation | None
     seed: int
     schedule: str = "two_shot"
-    """Of all_reduce."""
+    """Of all-reduces."""
 
     def options(self, step: int, *, backward: bool) -> dict[str, Any]:
         """Keyword arguments of the collectives for one direction."""
@@ -98,8 +98,13 @@ def wire_of(key: str) -> Wire:
     return _WIRES[key]
 
 
-def group_name(group: dist.ProcessGroup | DeviceMesh | None) -> str:
-    """The name of a process group. TypeError for a communicator of MPI, ValueError for a mesh of several dimensions."""
+def group_name(group: dist.ProcessGroup | DeviceMesh | str | None) -> str:
+    """The name of a process group, or what already is one.
+
+    TypeError for a communicator of MPI, ValueError for a mesh of several dimensions.
+    """
+    if isinstance(group, str):
+        return group
     if group is None:
         group = dist.group.WORLD
     if isinstance(group, DeviceMesh):
