@@ -3,10 +3,14 @@
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor.parallel import parallelize_module
 from torch.utils.checkpoint import checkpoint
 
 import commq
 import commq.functional as F
+from commq.attach.tensor_parallel import ColwiseParallel, RowwiseParallel
 from commq.codecs.bounds import error_bound
 from harness import process_ranks, rank_generator, run_threads, thread_ranks
 from test_schedules import gather
@@ -220,6 +224,11 @@ def test_send_recv_and_torch_compile():
     compiled = torch.compile(mixed, fullgraph=True, backend="aot_eager")
     for step in (0, 1, 2):
         assert torch.equal(gradient_of(mixed, step), gradient_of(compiled, step))
+    plan = {"0": ColwiseParallel(format="int8"), "2": RowwiseParallel(format="int8")}
+    mlp = nn.Sequential(nn.Linear(32, 32), nn.GELU(), nn.Linear(32, 32))
+    parallelize_module(mlp, init_device_mesh("cpu", (2,)), plan)
+    x = torch.randn(4, 32)
+    assert torch.equal(mlp(x), torch.compile(mlp, fullgraph=True, backend="aot_eager")(x))
     rank = dist.get_rank()
     x = torch.full((40, 30), 1.5, dtype=torch.bfloat16, requires_grad=True)
     for function in (through_a_pipeline, torch.compile(through_a_pipeline, backend="eager")):

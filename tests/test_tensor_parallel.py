@@ -7,14 +7,15 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import parallelize_module
+from torch.utils.checkpoint import checkpoint
 
-import commq
 import commq.functional as F
 from commq.attach.tensor_parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, localize
 from harness import thread_ranks
-from test_functional import assert_within, whole_numbers
+from test_functional import assert_within
 
 WORLD_SIZES = (1, 2, 3, 4, 8)
 
@@ -172,6 +173,27 @@ def test_bytes_of_an_mlp_are_counted():
             assert (sent > 0) == forward and (not forward or sent <= 0.52 * raw)
             sent = found.backward_bytes - old.backward_bytes
             assert (sent > 0) == (name == "up" or sequence)
+
+
+def gradients(module, call):
+    """Of the parameters, whole."""
+    module.zero_grad()
+    call(normal((4, 24), 7)).square().sum().backward()
+    return [parameter.grad.full_tensor() for parameter in module.parameters()]
+
+
+@thread_ranks(4)
+def test_fsdp_and_checkpointing_on_top():
+    """A mesh of 2 x 2: FSDP2 over the outer dimension, of ranks with the same data, changes no gradient."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    plain = with_whole_numbers(nn.Sequential(nn.Linear(24, 8), nn.GELU(), nn.Linear(8, 24)))
+    parallel = parallelize_module(copy.deepcopy(plain), mesh["tensor"], mlp("int8", "int4"))
+    sharded = parallelize_module(copy.deepcopy(plain), mesh["tensor"], mlp("int8", "int4"))
+    fully_shard(sharded, mesh=mesh["data"])
+    expected = gradients(parallel, parallel)
+    recomputed = gradients(parallel, lambda x: checkpoint(parallel, x, use_reentrant=False))
+    assert all(torch.equal(a, b) for a, b in zip(expected, recomputed, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(expected, gradients(sharded, sharded), strict=True))
 
 
 @thread_ranks(2)
