@@ -1,5 +1,8 @@
 """Differentiable exchanges: the collectives forward, their adjoints backward, the same bytes when recomputed."""
 
+import os
+from datetime import timedelta
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -12,7 +15,8 @@ import commq
 import commq.functional as F
 from commq.attach.tensor_parallel import ColwiseParallel, RowwiseParallel
 from commq.codecs.bounds import error_bound
-from harness import process_ranks, rank_generator, run_threads, thread_ranks
+from commq.collectives import lost
+from harness import RankError, process_ranks, rank_generator, run_processes, run_threads, thread_ranks
 from test_schedules import gather
 
 WORLD_SIZES = (1, 2, 3, 4, 8)
@@ -242,6 +246,23 @@ def test_send_recv_and_torch_compile():
             loss.backward()
     counts = F.traffic()["send" if rank == 0 else "recv"]
     assert (counts.forward_calls, counts.backward_calls) == ((2, 0) if rank == 0 else (0, 2))
+
+
+def die_before_backward():
+    lost.PATIENCE = timedelta(seconds=1)
+    x = torch.ones(1000, requires_grad=True)
+    y = F.all_reduce(x, format="int8")
+    if dist.get_rank() == 2:
+        os._exit(9)
+    y.sum().backward()
+
+
+def test_a_rank_that_dies_is_named_in_backward():
+    with pytest.raises(RankError) as caught:
+        run_processes(die_before_backward, 3)
+    said = str(caught.value)
+    assert "RankLostError: rank 0 of 3: all_" in said and "RankLostError: rank 1 of 3: all_" in said
+    assert said.count("rank 2 has not been heard of for 1 s") >= 2
 
 
 @thread_ranks(2, 3, 4)
