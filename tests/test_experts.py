@@ -96,7 +96,7 @@ def bound_of_splits(x, choice, fmt):
 
 
 def sums_of(magnitudes):
-    """Rounding of float32 sums of up to 64 products with these sums of magnitudes, and once more to bfloat16's input."""
+    """Rounding of float32 sums of up to 64 products with these sums of magnitudes, and a little more."""
     return magnitudes * 66 * 2.0**-24
 
 
