@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from commq.collectives.group import Group, transport_of
 from commq.collectives.transport import Transport
+from commq.collectives.wires import transport_named
 
 
 @dataclass(kw_only=True)
@@ -24,9 +25,12 @@ class Traffic:
     backward_raw_bytes: int = 0
 
 
-def traffic(group: Group | None = None) -> dict[str, Traffic]:
-    """The traffic of a group by the names of its exchanges: those given as `name=`, else the functions'."""
-    return _of(transport_of(group))
+def traffic(group: Group | str | None = None) -> dict[str, Traffic]:
+    """The traffic of a group (or of one of this name) by the names of its exchanges.
+
+    Those are what was given as `name=`, else the functions' own.
+    """
+    return _of(transport_named(group) if isinstance(group, str) else transport_of(group))
 
 
 @contextmanager

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from commq.codecs.formats import get_format
+
 _RECIPES = {"ddp": "int4", "fsdp": "full-shard", "hsdp": "hybrid-shard"}
 
 
@@ -120,6 +122,13 @@ class Config:
     full-shard for fsdp, hybrid-shard for hsdp. Nothing to optimizers that send a momentum."""
     parallel: Literal["ddp", "fsdp", "hsdp"] = "ddp"
     """ddp: every process has all parameters. fsdp: they are sharded over all processes; hsdp: over those of a host."""
+    tensor_parallel: int = 1
+    """Neighbouring processes that share the attention and the MLP of every block; the others take other sequences."""
+    experts: int = 0
+    """MLPs of each block, spread over all processes, of which a router chooses two for each token; 0: just one."""
+    activations: str = "int8"
+    """How activations travel with tensor_parallel, and tokens to their experts, forward and backward: bf16, int8,
+    spike5, ..."""
     steps: int = 300
     """Optimizer steps in the whole run."""
     seed: int = 0
@@ -138,6 +147,29 @@ class Config:
                 f"--optimizer {self.optimizer.optimizer} sends a momentum in place of gradients, which needs "
                 f"--parallel ddp; with {self.parallel} choose adamw or sgd"
             )
+
+        self._check_parts()
+
+    def _check_parts(self) -> None:
+        if self.tensor_parallel == 1 and self.experts == 0:
+            return
+        _require_positive(self, "tensor_parallel")
+        if self.tensor_parallel > 1 and self.experts:
+            raise ValueError("--tensor-parallel with --experts: expected one of them")
+        what = f"--experts {self.experts}" if self.experts else f"--tensor-parallel {self.tensor_parallel}"
+        if self.experts < 0 or self.experts == 1:
+            raise ValueError(f"{what}: expected 2 or more, of which two are chosen for each token")
+        if self.parallel != "ddp" or self.optimizer.optimizer not in ("adamw", "sgd"):
+            raise ValueError(
+                f"{what} with --parallel {self.parallel} and --optimizer {self.optimizer.optimizer}: each process has "
+                "parts of its own; expected ddp, and adamw or sgd"
+            )
+        if self.model.heads % self.tensor_parallel:
+            raise ValueError(
+                f"{what} with --heads {self.model.heads}: each process has some of the heads; choose a multiple of "
+                f"{self.tensor_parallel}, and --dim a multiple of twice that"
+            )
+        get_format(self.activations)
 
     def flat(self) -> dict[str, bool | int | float | str | None]:
         """Every field by its name on the command line; plain data."""
