@@ -19,6 +19,7 @@ from commq.train.tensor import TensorTrainer
 from commq.train.trainer import Trainer
 from harness import run_processes
 
+DATA = Path(__file__).parent
 CLOSE = 1e-5
 """Relative: float32 sums in another order, over three steps."""
 
@@ -28,7 +29,7 @@ def config(out: Path = Path("out"), *, output: dict | None = None, **options: ob
     return Config(
         **{"recipe": "fp32", "steps": 4, **options},
         model=ModelConfig(layers=2, dim=64, heads=4, context=16),
-        data=DataConfig(batch=2, accumulate=2, max_mb=0.1, val_sequences=8),
+        data=DataConfig(data=DATA, batch=2, accumulate=2, max_mb=0.1, val_sequences=8),
         optimizer=OptimizerConfig(warmup=2),
         output=OutputConfig(out=out, **folder),
     )
@@ -39,7 +40,7 @@ def all_ranks() -> Ranks:
 
 
 def trainer(kind: type, settings: Config, ranks: Ranks) -> Trainer:
-    corpus = load_corpus(None, max_mb=0.1, context=settings.model.context)
+    corpus = load_corpus(DATA, max_mb=0.1, context=settings.model.context)
     return kind(settings, commq.recipe(settings.recipe, seed=0), corpus, ranks)
 
 
@@ -65,7 +66,7 @@ def resumes(settings: Config) -> None:
     assert rows(replace(settings, output=replace(settings.output, resume=True))) == whole
 
 
-def tensor_parallel_on_four_ranks(out: Path) -> None:
+def tensor_parallel(out: Path) -> None:
     rank = dist.get_rank()
     columns = [dist.new_group([0, 2]), dist.new_group([1, 3])]
     plain = trainer(Trainer, config(), Ranks(rank // 2, 2, torch.device("cpu"), columns[rank % 2], 1))
@@ -82,41 +83,42 @@ def tensor_parallel_on_four_ranks(out: Path) -> None:
         assert all(same_everywhere(p) for p in each.ddp.parameters() if id(p) not in own)
     sent, raw = lossy.handle.stats().sent_bytes, exact.handle.stats().sent_bytes
     assert exact.handle.stats().raw_bytes == raw > 5 * sent > 0
-    resumes(config(out / "run", tensor_parallel=2, recipe="int4", activations="int8"))
+    resumes(config(out / "tensor", tensor_parallel=2, recipe="int4", activations="int8"))
 
 
-def test_tensor_parallel(tmp_path):
-    run_processes(tensor_parallel_on_four_ranks, 4, args=(tmp_path,))
-
-
-def experts_on_two_ranks(out: Path) -> None:
-    """Against all experts on one rank, which gets the tokens of both."""
+def experts(out: Path) -> None:
+    """Against all experts on one rank, which gets the tokens of all."""
     rank = dist.get_rank()
-    alone = [dist.new_group([0]), dist.new_group([1])][rank]
+    alone = [dist.new_group([member]) for member in range(4)][rank]
     settings = config(experts=4, activations="fp32")
     plain = trainer(MixtureTrainer, settings, Ranks(0, 1, torch.device("cpu"), alone, 1))
     parted = trainer(MixtureTrainer, settings, all_ranks())
     batches = [torch.randint(0, 256, (4, 17), generator=torch.Generator().manual_seed(n)) for n in range(2)]
     mixture.BALANCE, balance = 0.0, mixture.BALANCE  # each rank's own: not the mean of a term of all tokens
     plain._train_batch = lambda micro: batches[micro]
-    parted._train_batch = lambda micro: batches[micro].chunk(2)[rank]
+    parted._train_batch = lambda micro: batches[micro].chunk(4)[rank]
     for _ in range(3):
         (loss, norm), (own_loss, same_norm) = plain.train_step(), parted.train_step()
         dist.all_reduce(own_loss)
-        assert abs(own_loss / 2 - loss) <= CLOSE * loss and abs(same_norm - norm) <= CLOSE * norm
+        assert abs(own_loss / 4 - loss) <= CLOSE * loss and abs(same_norm - norm) <= CLOSE * norm
     assert same_everywhere(parted.ddp.module.blocks[0].mlp.router.weight)
     mixture.BALANCE = balance
-    resumes(config(out / "run", experts=4, recipe="int4"))
+    resumes(config(out / "experts", experts=4, recipe="int4"))
     counts = parted.handle._group
     assert {"experts.dispatch", "experts.combine"} <= set(commq.functional.traffic(counts))
-    with pytest.raises(ValueError, match="--experts 3 with 2 processes; choose a multiple of 2"):
+    with pytest.raises(ValueError, match="--experts 3 with 4 processes; choose a multiple of 4"):
         trainer(MixtureTrainer, config(experts=3), all_ranks())
-    with pytest.raises(ValueError, match="--tensor-parallel 4 with 2 processes"):
-        trainer(TensorTrainer, config(tensor_parallel=4), all_ranks())
+    with pytest.raises(ValueError, match="--tensor-parallel 3 with 4 processes"):
+        trainer(TensorTrainer, replace(config(), tensor_parallel=3, model=ModelConfig(heads=3, dim=48)), all_ranks())
 
 
-def test_experts(tmp_path):
-    run_processes(experts_on_two_ranks, 2, args=(tmp_path,))
+def on_four_ranks(out: Path) -> None:
+    tensor_parallel(out)
+    experts(out)
+
+
+def test_runs_on_four_ranks(tmp_path):
+    run_processes(on_four_ranks, 4, args=(tmp_path,))
 
 
 @pytest.mark.parametrize(
