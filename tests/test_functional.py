@@ -2,6 +2,7 @@
 
 import os
 from datetime import timedelta
+from functools import partial
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import parallelize_module
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import commq
 import commq.functional as F
@@ -207,6 +208,22 @@ def test_checkpointed_layers_send_the_same_bytes_again():
     again = [gradient_of(recomputed, step) for step in (0, 1)]
     assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
     assert not torch.equal(*plain)  # the step does count
+
+
+@thread_ranks(2)
+def test_selective_checkpointing_may_keep_what_was_received():
+    def keep(context, op, *args, **kwargs):
+        ours = op.namespace == "commq"
+        return CheckpointPolicy.MUST_SAVE if ours else CheckpointPolicy.PREFER_RECOMPUTE
+
+    def kept(*inputs):
+        contexts = partial(create_selective_checkpoint_contexts, keep)
+        return checkpoint(mixed, *inputs, use_reentrant=False, context_fn=contexts)
+
+    expected = gradient_of(mixed, 3)
+    calls = F.traffic()["all_reduce"].forward_calls
+    assert torch.equal(gradient_of(kept, 3), expected)
+    assert F.traffic()["all_reduce"].forward_calls == calls + 1
 
 
 def test_two_runs_have_the_same_bits():

@@ -82,6 +82,11 @@ class Link:
     def reduced(self, y: Tensor) -> Tensor:
         """The sum of what the ranks computed, or this rank's part of it."""
         if isinstance(self.output_layout, Shard):
+            if self.output_layout.dim % y.dim() == y.dim() - 1:
+                raise ValueError(
+                    f"{self.name} style: output_layouts={self.output_layout} of {tuple(y.shape)}, expected a dimension "
+                    "before the last"
+                )
             return functional.reduce_scatter(
                 y,
                 dim=self.output_layout.dim,

@@ -118,7 +118,7 @@ class _Style(ParallelStyle):
 class ColwiseParallel(_Style):
     """torch's ColwiseParallel for nn.Linear and nn.Embedding: each rank has a part of the outputs.
 
-    input_layouts: Replicate() (default), or for Linear Shard(d) with d not the last dimension.
+    input_layouts: Replicate() (default), or for Linear Shard(d).
     output_layouts: Shard(-1) (default) or Replicate(). use_local_output: a Tensor, else a DTensor.
     format: of values, gradient: of gradients; None: as `format`. name: see `commq.functional.traffic`.
     Error of a layer: that of the exchanges above in each direction.
@@ -146,7 +146,7 @@ class ColwiseParallel(_Style):
 
     def _check(self, what: str, module: nn.Module) -> None:
         takes = (Replicate,) if isinstance(module, nn.Embedding) else (Replicate, Shard)
-        if not isinstance(self.input_layout, takes) or self.input_layout == Shard(-1):
+        if not isinstance(self.input_layout, takes):
             raise ValueError(
                 f"{what}: input_layouts={self.input_layout} of a {type(module).__name__}; see its docstring"
             )
@@ -201,7 +201,8 @@ class SequenceParallel(_Style):
     """torch's SequenceParallel for nn.LayerNorm and nn.RMSNorm: each rank has a part of the sequence.
 
     Input and output are sharded along sequence_dim; parameters are whole on every rank, and their gradients are summed
-    as fp32: they are short. Modules without parameters, such as Dropout, need no style.
+    as fp32: they are short. The output is a Tensor by default; torch's is a DTensor. Modules without parameters need no
+    style.
     """
 
     layers: ClassVar = {nn.LayerNorm: SequenceLayerNorm, nn.RMSNorm: SequenceRMSNorm}

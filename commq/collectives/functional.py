@@ -34,20 +34,16 @@ read from a tensor break it where they are read.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd import Function
 from torch.distributed.device_mesh import DeviceMesh
 
 from commq.codecs.formats import Format
 from commq.codecs.rotation import Rotation
-from commq.collectives import exchange_ops as ops
-from commq.collectives import point_to_point
-from commq.collectives.traffic import counted
-from commq.collectives.wires import group_name, intern_wire, place_in, transport_named, wire_of
+from commq.collectives import adjoints
+from commq.collectives.wires import group_name, intern_wire, place_in
 
 Group = dist.ProcessGroup | DeviceMesh | str
 Rounding = Literal["nearest", "stochastic"]
@@ -76,7 +72,7 @@ def all_reduce(
     """
     average = _check_op("all_reduce", op)
     wire = intern_wire(name or "all_reduce", format, backward, rounding, rotation, seed, schedule)
-    y: Tensor = _AllReduce.apply(x, average, replicated, wire, group_name(group), step)
+    y: Tensor = adjoints.AllReduce.apply(x, average, replicated, wire, group_name(group), step)
     return y
 
 
@@ -100,7 +96,7 @@ def all_gather(
     gradients are summed.
     """
     wire = intern_wire(name or "all_gather", format, backward, rounding, rotation, seed)
-    y: Tensor = _AllGather.apply(x, _dim("all_gather", x, dim), replicated, wire, group_name(group), step)
+    y: Tensor = adjoints.AllGather.apply(x, _dim("all_gather", x, dim), replicated, wire, group_name(group), step)
     return y
 
 
@@ -123,7 +119,7 @@ def reduce_scatter(
     wire = intern_wire(name or "reduce_scatter", format, backward, rounding, rotation, seed)
     where, dim = group_name(group), _dim("reduce_scatter", x, dim)
     _check_divides("reduce_scatter", x, dim, where)
-    y: Tensor = _ReduceScatter.apply(x, average, dim, wire, where, step)
+    y: Tensor = adjoints.ReduceScatter.apply(x, average, dim, wire, where, step)
     return y
 
 
@@ -150,7 +146,7 @@ def all_to_all(
         raise ValueError("all_to_all: one list of split sizes, expected both or neither: backward needs the other one")
     wire = intern_wire(name or "all_to_all", format, backward, rounding, rotation, seed)
     splits = list(output_split_sizes or ()), list(input_split_sizes or ())
-    y: Tensor = _AllToAll.apply(x, *splits, wire, group_name(group), step)
+    y: Tensor = adjoints.AllToAll.apply(x, *splits, wire, group_name(group), step)
     return y
 
 
@@ -171,7 +167,7 @@ def replicate(
     format: for the gradients; nothing is sent forward. schedule: see `commq.all_reduce`.
     """
     wire = intern_wire(name or "replicate", format, None, rounding, rotation, seed, schedule)
-    y: Tensor = _Replicate.apply(x, wire, group_name(group), step)
+    y: Tensor = adjoints.Replicate.apply(x, wire, group_name(group), step)
     return y
 
 
@@ -194,7 +190,7 @@ def shard(
     wire = intern_wire(name or "shard", format, None, rounding, rotation, seed)
     where, dim = group_name(group), _dim("shard", x, dim)
     _check_divides("shard", x, dim, where)
-    y: Tensor = _Shard.apply(x, dim, wire, where, step)
+    y: Tensor = adjoints.Shard.apply(x, dim, wire, where, step)
     return y
 
 
@@ -217,7 +213,7 @@ def send(
     from `dst`, if x takes part in autograd; the receiver's tensor must then take part in it as well.
     """
     wire = intern_wire(name or "send", format, backward, rounding, rotation, seed)
-    zero: Tensor = _Send.apply(x, dst, wire, group_name(group), step)
+    zero: Tensor = adjoints.Send.apply(x, dst, wire, group_name(group), step)
     return zero
 
 
@@ -240,135 +236,8 @@ def recv(
     result, whose backward sends its gradient to `src`; `like` gets none.
     """
     wire = intern_wire(name or "recv", format, backward, rounding, rotation, seed)
-    y: Tensor = _Recv.apply(like, src, wire, group_name(group), step)
+    y: Tensor = adjoints.Recv.apply(like, src, wire, group_name(group), step)
     return y
-
-
-class _AllReduce(Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, average: bool, replicated: bool, wire: str, group: str, step: int) -> Tensor:
-        ctx.options = average, replicated, wire, group, step
-        return ops.all_reduce(x, average, wire, group, step, False)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        average, replicated, wire, group, step = ctx.options
-        if replicated:
-            given = grad / place_in(group)[1] if average else grad
-        else:
-            given = ops.all_reduce(grad, average, wire, group, step, True)
-        return given, None, None, None, None, None
-
-
-class _AllGather(Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, dim: int, replicated: bool, wire: str, group: str, step: int) -> Tensor:
-        ctx.options = dim, replicated, wire, group, step
-        return ops.all_gather(x, dim, wire, group, step, False)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        dim, replicated, wire, group, step = ctx.options
-        if replicated:
-            given = _own(grad, dim, group)
-        else:
-            given = ops.reduce_scatter(grad, False, dim, wire, group, step, True)
-        return given, None, None, None, None, None
-
-
-class _ReduceScatter(Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, average: bool, dim: int, wire: str, group: str, step: int) -> Tensor:
-        ctx.options = average, dim, wire, group, step
-        return ops.reduce_scatter(x, average, dim, wire, group, step, False)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        average, dim, wire, group, step = ctx.options
-        given = ops.all_gather(grad, dim, wire, group, step, True)
-        return given / place_in(group)[1] if average else given, None, None, None, None, None
-
-
-class _AllToAll(Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, output_splits: list[int], input_splits: list[int], wire: str, group: str, step: int
-    ) -> Tensor:
-        ctx.options = input_splits, output_splits, wire, group, step
-        return ops.all_to_all(x, output_splits, input_splits, wire, group, step, False)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        return ops.all_to_all(grad, *ctx.options, True), None, None, None, None, None
-
-
-class _Replicate(Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, wire: str, group: str, step: int) -> Tensor:
-        ctx.options = wire, group, step
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        return ops.all_reduce(grad, False, *ctx.options, True), None, None, None
-
-
-class _Shard(Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, dim: int, wire: str, group: str, step: int) -> Tensor:
-        ctx.options = dim, wire, group, step
-        return _own(x, dim, group).clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        return ops.all_gather(grad, *ctx.options, True), None, None, None, None
-
-
-class _Send(Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, dst: int, wire: str, group: str, step: int) -> Tensor:
-        ctx.options = dst, wire, group, step
-        ctx.like = x.new_empty(()).expand(x.shape)
-        _send(x, dst, wire, group, step, False)
-        return x.new_zeros(())
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        dst, wire, group, step = ctx.options
-        return _recv(ctx.like, dst, wire, group, step, True), None, None, None, None
-
-
-class _Recv(Function):
-    @staticmethod
-    def forward(ctx: Any, like: Tensor, src: int, wire: str, group: str, step: int) -> Tensor:
-        ctx.options = src, wire, group, step
-        return _recv(like, src, wire, group, step, False)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        src, wire, group, step = ctx.options
-        _send(grad, src, wire, group, step, True)
-        return None, None, None, None, None
-
-
-def _send(x: Tensor, dst: int, wire: str, group: str, step: int, backward: bool) -> None:
-    transport, about = transport_named(group), wire_of(wire)
-    with counted(transport, about.name, x.nbytes, backward=backward):
-        options = about.options(step, backward=backward)
-        point_to_point.send(x.contiguous(), dst, group=transport.group, **options)
-
-
-def _recv(like: Tensor, src: int, wire: str, group: str, step: int, backward: bool) -> Tensor:
-    y = torch.empty(like.shape, dtype=like.dtype, device=like.device)
-    transport, about = transport_named(group), wire_of(wire)
-    point_to_point.recv(y, src, group=transport.group, **about.options(step, backward=backward))
-    return y
-
-
-def _own(x: Tensor, dim: int, group: str) -> Tensor:
-    rank, world_size = place_in(group)
-    length = x.shape[dim] // world_size
-    return x.narrow(dim, rank * length, length)
 
 
 def _check_op(what: str, op: dist.ReduceOp.RedOpType) -> bool:

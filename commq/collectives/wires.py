@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal, TypeVar
 
 import torch.distributed as dist
@@ -60,7 +61,17 @@ def _constant(function: F) -> F:
 
 
 @_constant
-def intern_wire(
+def intern_wire(*about: Any) -> str:
+    """The key of a wire, which says all about it: no two wires share one, in whatever process.
+
+    about: name, format, backward (None: as format), rounding, rotation, seed, and the schedule of all-reduces if it is
+    not two_shot. ValueError for what does not go together.
+    """
+    return _intern(*about)
+
+
+@lru_cache(maxsize=1024)
+def _intern(
     name: str,
     format: Format | str,
     backward: Format | str | None,
@@ -69,10 +80,6 @@ def intern_wire(
     seed: int,
     schedule: str = "two_shot",
 ) -> str:
-    """The key of a wire, which says all about it: no two wires share one, in whatever process. ValueError as resolve's.
-
-    backward: None is `format`.
-    """
     first, second, coding = resolve(format, backward, rounding, None, seed, 0)
     coded = [fmt for fmt in (first, second) if fmt.kind != "raw"] or [first]
     for fmt in coded:
