@@ -17,6 +17,7 @@ from commq.train.ranks import Ranks
 from commq.train.run import Run
 from commq.train.tensor import TensorTrainer
 from commq.train.trainer import Trainer
+from commq.train.trainers import trainer_of
 from harness import run_processes
 
 DATA = Path(__file__).parent
@@ -125,13 +126,13 @@ def test_runs_on_four_ranks(tmp_path):
     ("options", "message"),
     [
         ({"tensor_parallel": 2, "experts": 2}, "expected one of them"),
-        ({"experts": 1}, "expected 2 or more"),
+        ({"experts": 1}, "of experts 2 or more"),
         ({"tensor_parallel": 2, "parallel": "fsdp", "recipe": "full-shard"}, "expected ddp, and adamw or sgd"),
         ({"tensor_parallel": 3}, "--heads 4"),
         ({"tensor_parallel": 2, "activations": "int9"}, "'int9' is unknown"),
-        ({"tensor_parallel": 0}, "not positive"),
+        ({"tensor_parallel": 0}, "expected 1 or more"),
     ],
 )
 def test_what_does_not_go_together_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        config(**options)
+        trainer_of(config(**options))

@@ -185,6 +185,11 @@ def encode_rows(x_KC: Tensor, wire_KS: Tensor, layout: Layout, coding: Coding, b
         # Raw formats have no blocks; their counter runs over elements all the same.
         ids_G = blocks.ids_G if fmt.kind != "raw" else torch.arange(-(-x_KC.numel() // 16), device=x_KC.device)
         random_GB = random_u16(ids_G, fmt.block, seed=coding.seed, step=coding.step, stream=coding.stream)
+    if fmt.kind == "spikes":
+        records_GS, rest_GB, marked_G = spikes.encode_spikes(x_KC.reshape(-1, fmt.block), fmt, random_GB)
+        t_GB = _scaled(rest_GB, spikes.decode_records(records_GS, fmt)[0], marked_G, fmt)
+        _write_rows(wire_KS, layout, rounding.integer_codes(t_GB, fmt, random_GB), records_GS, None)
+        return
     if fmt.kind == "raw":
         raw = _encode_raw(x_KC, fmt, None if random_GB is None else random_GB.view(-1)[: x_KC.numel()])
         layout.codes(wire_KS).copy_(raw)
@@ -200,11 +205,6 @@ def encode_rows(x_KC: Tensor, wire_KS: Tensor, layout: Layout, coding: Coding, b
         level_GB = rounding.code_values(codes_GB, fmt)
         scales_GS = scales.fitted_scales(h_GB, y_GB, energy_G, marked_G, level_GB, fmt)
         _write_rows(wire_KS, layout, codes_GB, scales_GS, None)
-        return
-    if fmt.kind == "spikes":
-        records_GS, rest_GB, marked_G = spikes.encode_spikes(h_GB, fmt, random_GB)
-        t_GB = _scaled(rest_GB, spikes.decode_records(records_GS, fmt)[0], marked_G, fmt)
-        _write_rows(wire_KS, layout, rounding.integer_codes(t_GB, fmt, random_GB), records_GS, None)
         return
     scales_GS, groups_Q4, marked_G = scales.encode_scales(
         h_GB, blocks.valid_G, fmt, mean=fmt.kind == "sign" and nearest
@@ -245,13 +245,13 @@ def decode_rows(wire_KS: Tensor, layout: Layout) -> Tensor:
         return scales.aligned(codes_KP).view(dtype).to(torch.float32)
     scales_GS = layout.scales(wire_KS).reshape(rows * layout.chunk_blocks, -1)
     groups_Q4 = layout.groups(wire_KS).reshape(-1, 4) if fmt.group else wire_KS.new_empty((0, 4))
-    if fmt.kind == "means":
-        return scales.decode_means(unpack(codes_KP, 1).view(-1, fmt.block), scales_GS).view(rows, -1)
     if fmt.kind == "spikes":
         s_G, kept_G2, places_G2 = spikes.decode_records(scales_GS, fmt)
         codes_GB = unpack_planes(codes_KP.reshape(s_G.numel(), -1), fmt.bits)
         rest_GB = (rounding.code_values(codes_GB, fmt) * (1.0 / fmt.max_code)) * s_G[:, None]
         return spikes.put_back(rest_GB, kept_G2, places_G2).view(rows, -1)
+    if fmt.kind == "means":
+        return scales.decode_means(unpack(codes_KP, 1).view(-1, fmt.block), scales_GS).view(rows, -1)
     s_G = scales.decode_scales(scales_GS, groups_Q4, fmt)
     values_GB = rounding.code_values(unpack(codes_KP, fmt.bits), fmt).view(-1, fmt.block)
     if fmt.scale != "e8m0":

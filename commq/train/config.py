@@ -5,8 +5,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from commq.codecs.formats import get_format
-
 _RECIPES = {"ddp": "int4", "fsdp": "full-shard", "hsdp": "hybrid-shard"}
 
 
@@ -147,29 +145,6 @@ class Config:
                 f"--optimizer {self.optimizer.optimizer} sends a momentum in place of gradients, which needs "
                 f"--parallel ddp; with {self.parallel} choose adamw or sgd"
             )
-
-        self._check_parts()
-
-    def _check_parts(self) -> None:
-        if self.tensor_parallel == 1 and self.experts == 0:
-            return
-        _require_positive(self, "tensor_parallel")
-        if self.tensor_parallel > 1 and self.experts:
-            raise ValueError("--tensor-parallel with --experts: expected one of them")
-        what = f"--experts {self.experts}" if self.experts else f"--tensor-parallel {self.tensor_parallel}"
-        if self.experts < 0 or self.experts == 1:
-            raise ValueError(f"{what}: expected 2 or more, of which two are chosen for each token")
-        if self.parallel != "ddp" or self.optimizer.optimizer not in ("adamw", "sgd"):
-            raise ValueError(
-                f"{what} with --parallel {self.parallel} and --optimizer {self.optimizer.optimizer}: each process has "
-                "parts of its own; expected ddp, and adamw or sgd"
-            )
-        if self.model.heads % self.tensor_parallel:
-            raise ValueError(
-                f"{what} with --heads {self.model.heads}: each process has some of the heads; choose a multiple of "
-                f"{self.tensor_parallel}, and --dim a multiple of twice that"
-            )
-        get_format(self.activations)
 
     def flat(self) -> dict[str, bool | int | float | str | None]:
         """Every field by its name on the command line; plain data."""
