@@ -5,11 +5,12 @@
 
 Builds the lab of launch/netlab.py (needs root) for each number of hosts and runs this file in it, one rank a host.
 Tensors are activations (batch, tokens, width) in bfloat16: normal numbers, and channels 100 times larger, the same on
-every rank. Two exchanges of each: "all_reduce", as after a rowwise layer with a whole output, and "reduce_scatter +
-all_gather" along the tokens, as with sequence parallelism. "library" is torch.distributed's own in bf16, for the
-second without the copies that a dimension other than the first needs. Timed as in bench/collectives.py. A row also
-has how many times faster than the library's it is, and the largest error of the sum, in units of the root mean square
-of what is not an outlier, and of the outliers relative to themselves.
+every rank. Two exchanges of each: "all_reduce", as after a rowwise layer with a whole output (of two ranks by both
+schedules; the styles of commq take one_shot there), and "reduce_scatter + all_gather" along the tokens, as with
+sequence parallelism. "library" is torch.distributed's own in bf16, for the second without the copies that a dimension
+other than the first needs. Timed as in bench/collectives.py. A row also has how many times faster than the library's
+it is, and the largest errors of the sum: of what is not an outlier in units of its root mean square, and of the
+outliers relative to themselves.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +51,9 @@ class Activations(Worker):
             library: dict[str, float] = {}
             for exchange, format, call in self._exchanges(x):
                 row = self._measure(call, runs=self.args.runs)
+                kind = exchange.split()[0]
                 if format == "library":
-                    library[exchange] = row["median_ms"]
+                    library[kind] = row["median_ms"]
                 name = "bf16" if format == "library" else format
                 bound = all_reduce_bytes(x.numel(), name, world_size=self.world_size, dtype=x.dtype)
                 yield {
@@ -60,7 +63,7 @@ class Activations(Worker):
                     "exchange": exchange,
                     "format": format,
                     **row,
-                    "times_faster": library[exchange] / row["median_ms"],
+                    "times_faster": library[kind] / row["median_ms"],
                     "bound_bytes": bound,
                     "bound_ms": milliseconds(bound, self.gbit) if self.gbit else None,
                     **self._errors(call(), exact),
@@ -89,9 +92,10 @@ class Activations(Worker):
             return y
 
         yield "all_reduce", "library", library_sum
-        for name in self.args.formats.split(","):
-            schedule = "one_shot" if self.world_size == 2 else "two_shot"  # as the styles of commq.attach
-            yield "all_reduce", name, lambda name=name, s=schedule: F.all_reduce(x, format=name, schedule=s)
+        for schedule in ("one_shot", "two_shot") if self.world_size == 2 else ("two_shot",):
+            for name in self.args.formats.split(","):
+                call = partial(F.all_reduce, x, format=name, schedule=schedule)
+                yield f"all_reduce {schedule}", name, call
         yield "reduce_scatter + all_gather", "library", library_parts
         for name in self.args.formats.split(","):
             yield (

@@ -99,6 +99,21 @@ def test_finite_differences_where_the_path_is_linear():
                 assert float(difference) == float(x.grad[index]), kind
 
 
+@thread_ranks(2, 3)
+@pytest.mark.parametrize("format", ["int4", "spike3", "sign"])
+def test_gradients_are_those_of_what_was_decoded(format):
+    """Central differences of sum(y**2 / 2) at the decoded y, which are exact in float64, through the plain adjoint."""
+    world_size, step = dist.get_world_size(), 0.125
+    for kind in ("all_reduce", "all_gather", "reduce_scatter", "all_to_all"):
+        x = torch.randn(world_size, 300, generator=rank_generator(12)).requires_grad_()
+        y = CALLS[kind](x, 0, format=format, backward="fp32")
+        (y.square() / 2).sum().backward()
+        high, low = (y.detach().double() + sign * step for sign in (1, -1))
+        differences = (high.square() / 2 - low.square() / 2) / (2 * step)
+        assert torch.equal(x.grad, exact(ADJOINT[kind], differences.float())), kind
+        assert not torch.equal(y.detach(), exact(kind, x.detach())), kind
+
+
 @thread_ranks(2, 3, 8)
 @pytest.mark.parametrize(("forward", "backward"), [("int8", "int4"), ("spike5", "bf16"), ("fp8_e4m3", "spike3")])
 def test_each_direction_is_within_the_bound_of_its_format(forward, backward):
