@@ -9,16 +9,20 @@ One line turns it on for a DistributedDataParallel module:
 
     handle = commq.register(ddp, "int4")
 
-`commq.optim` has optimizers that send a momentum in one bit in place of the gradient.
+`commq.optim` has optimizers that send a momentum in one bit in place of the gradient. `commq.functional` has
+differentiable exchanges, for activations and their gradients; ColwiseParallel, RowwiseParallel, SequenceParallel and
+Experts are layers that use them.
 """
 
-from commq import optim
+from commq import functional, optim
 from commq.attach.check import ReplicaError
 from commq.attach.ddp import HookState, comm_hook, register
 from commq.attach.estimate import estimate_memory
+from commq.attach.experts import Experts
 from commq.attach.fold import fold
 from commq.attach.fsdp import fully_shard, handle_of
 from commq.attach.fsdp_module import FSDP
+from commq.attach.tensor_parallel import ColwiseParallel, RowwiseParallel, SequenceParallel
 from commq.build_info import build_info
 from commq.codecs.formats import Format, get_format
 from commq.codecs.ops import Encoded, decode, encode
@@ -41,8 +45,10 @@ from commq.recipes import recipe, recipes
 __all__ = [
     "FSDP",
     "Adapt",
+    "ColwiseParallel",
     "Encoded",
     "Exempt",
+    "Experts",
     "Feedback",
     "Format",
     "HookState",
@@ -50,7 +56,9 @@ __all__ = [
     "Recipe",
     "ReplicaError",
     "Rotation",
+    "RowwiseParallel",
     "Rule",
+    "SequenceParallel",
     "Widths",
     "all_gather",
     "all_reduce",
@@ -63,6 +71,7 @@ __all__ = [
     "estimate_memory",
     "fold",
     "fully_shard",
+    "functional",
     "get_format",
     "handle_of",
     "optim",

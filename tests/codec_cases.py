@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from commq.codecs import reference
-from commq.codecs.formats import FORMATS, LEVEL_FORMATS, SCALES, Format, get_format, level_format
+from commq.codecs.formats import FORMATS, LEVEL_FORMATS, SCALES, SPIKE_FORMATS, Format, get_format, level_format
 from commq.codecs.reference import Blocks, Coding
 from commq.codecs.rotation import Rotation
 from commq.codecs.wire import Layout
@@ -26,6 +26,8 @@ TABLES: dict[str, Format] = {
 """Formats of levels that every implementation has: those with names, and odd ones."""
 SWEEP = [*FORMAT_SCALES, *((name, ("fp32", "bf16")[k % 2]) for k, name in enumerate(TABLES))]
 """What the cases go through by turns: a format's name and its scale."""
+SPIKES = [(name, SCALES[name][k % 2]) for k, name in enumerate(SPIKE_FORMATS)]
+"""A sweep of its own: the native library does not have them."""
 _LENGTHS = (0, 1, 2, 15, 16, 17, 127, 128, 129, 1000, 4095, 4097)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -76,6 +78,7 @@ class Case:
     """One random case; `number` fixes everything, and the format by turns."""
 
     number: int
+    sweep: list = field(default_factory=lambda: SWEEP)
     layout: Layout = field(init=False)
     answer_layout: Layout = field(init=False)
     coding: Coding = field(init=False)
@@ -84,8 +87,8 @@ class Case:
     def __post_init__(self) -> None:
         choose = self._choose = random.Random(self.number)
         self._generator = torch.Generator().manual_seed(self.number)
-        fmt = self._format(*SWEEP[self.number % len(SWEEP)])
-        other = self._format(*choose.choice(SWEEP))
+        fmt = self._format(*self.sweep[self.number % len(self.sweep)])
+        other = self._format(*choose.choice([*SWEEP, *self.sweep] if self.sweep is SPIKES else SWEEP))
         answer = fmt if choose.random() < 0.4 else other  # the usual call has a kernel of its own
         rounding = "nearest"
         if fmt.unbiased and answer.unbiased and choose.random() < 0.5:
@@ -118,7 +121,7 @@ class Case:
             return replace(TABLES[name], block=2 ** self._choose.randint(4, 12), scale=scale)
         if name not in SCALES:
             return get_format(name)
-        return get_format(name, block=2 ** self._choose.randint(4, 12), scale=scale)
+        return get_format(name, block=2 ** self._choose.randint(4, 8 if name in SPIKE_FORMATS else 12), scale=scale)
 
     def __str__(self) -> str:
         c, r = self.coding, self.coding.rotation
@@ -175,7 +178,7 @@ def run_case(case: Case, codec: ModuleType, device: str, *, fuzz: bool = False) 
 
     fuzz: decode random bytes instead of what was encoded. The reference gets contiguous rows, the others case.stride.
     """
-    case = Case(case.number)  # the same draws in the same order for every implementation
+    case = Case(case.number, case.sweep)  # the same draws in the same order for every implementation
     layout, answer_layout, coding = case.layout, case.answer_layout, case.coding
     stride = 0 if codec is reference else case.stride
     written: dict[str, Tensor] = {}

@@ -24,12 +24,25 @@ from numerics import nasty_inputs
 
 NASTY = nasty_inputs()
 FINITE = {name: x for name, x in NASTY.items() if x.isfinite().all()}
-BLOCK_FORMATS = [f for f in (*FORMATS.values(), *LEVELS) if f.kind != "raw"]
+SPIKES = [
+    get_format(f"spike{bits}", block=block, scale=scale)
+    for bits, block, scale in (
+        (2, 16, "fp32x3"),
+        (2, 128, "bf16x3"),
+        (3, 64, "bf16x3"),
+        (4, 256, "fp32x3"),
+        (5, 128, "bf16x3"),
+        (6, 16, "bf16x3"),
+        (7, 128, "fp32x3"),
+        (8, 256, "bf16x3"),
+    )
+]
+BLOCK_FORMATS = [f for f in (*FORMATS.values(), *LEVELS, *SPIKES) if f.kind != "raw"]
 EVERY = [
     get_format(name, block=block, scale=scale) if scale else get_format(name)
     for name, scale in FORMAT_SCALES
     for block in ((16, 128, 4096) if scale else (None,))
-] + LEVELS
+] + [*LEVELS, *SPIKES]
 """Every format with every scale dtype it can have, at a small, a usual and the largest block."""
 
 
@@ -52,7 +65,7 @@ def modes(fmt: Format) -> list[str]:
 
 def survives(fmt: Format) -> bool:
     """Whether the largest value of a block arrives as it was, whatever its sign."""
-    return fmt.scale == "fp32" and fmt.kind not in ("raw", "sign") and fmt.fit == "largest"
+    return fmt.scale in ("fp32", "fp32x3") and fmt.kind not in ("raw", "sign") and fmt.fit == "largest"
 
 
 def bits(x: Tensor) -> Tensor:
@@ -196,7 +209,7 @@ def test_stochastic_rounding_takes_the_two_neighbours_with_the_right_frequency(f
     t = t.clamp(-fmt.max_code, fmt.max_code)
     grid = code_values(torch.arange(1 << fmt.bits).to(torch.uint8), fmt)
     grid = grid[grid.abs() <= fmt.max_code].unique().double()
-    if fmt.kind == "integer":
+    if fmt.kind in ("integer", "spikes"):
         values = integer_codes(t.expand(1 << 16, -1), fmt, random)
     elif fmt.kind == "levels":
         values = code_values(level_codes(t.expand(1 << 16, -1), fmt, random), fmt)

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from codec_cases import SWEEP, Case, assert_same, run_case
+from codec_cases import SPIKES, SWEEP, Case, assert_same, run_case
 from commq.codecs import native, reference
 from commq.codecs.formats import FORMATS, get_format
 from commq.codecs.reference import Blocks, Coding
@@ -27,9 +27,9 @@ ROUND = len(SWEEP)
 """Cases in which every format and scale comes once."""
 
 
-def check(numbers: range, codec: ModuleType, device: str) -> None:
+def check(numbers: range, codec: ModuleType, device: str, sweep: list = SWEEP) -> None:
     for number in numbers:
-        case = Case(number)
+        case = Case(number, sweep)
         for fuzz in (False, True):
             assert_same(run_case(case, codec, device, fuzz=fuzz), run_case(case, reference, "cpu", fuzz=fuzz), case)
 
@@ -92,6 +92,18 @@ def test_triton_on_cuda(number: int) -> None:
 @pytest.mark.parametrize("number", range(ROUND))
 def test_triton_interpreted(interpreted: ModuleType, number: int) -> None:
     check(range(number, number + 1), interpreted, "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("number", range(3 * len(SPIKES)))
+def test_spikes_in_triton_on_cuda(number: int) -> None:
+    check(range(number, number + 1), compiled_triton(), "cuda", SPIKES)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, about infinities
+@pytest.mark.parametrize("number", range(len(SPIKES)))
+def test_spikes_in_triton_interpreted(interpreted: ModuleType, number: int) -> None:
+    check(range(number, number + 1), interpreted, "cpu", SPIKES)
 
 
 @pytest.mark.gpu

@@ -18,6 +18,7 @@ PARTS = (
     "feedback",
     "stats",
     "collectives",
+    "functional",
     "policy",
     "recipe",
     "recipes",

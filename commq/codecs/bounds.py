@@ -3,6 +3,8 @@
     format          |x - decode(encode(x))| is at most                      a = largest |x| of the block
     int8/4/2        step / 2, step = a / max_code                           (stochastic: step)
     fp8, mxfp8      max(|x| 2**-(m + 1), half the smallest code)            (stochastic: twice that), m mantissa bits
+    spike2 to 8     step / 2, with a = the third largest |x|, and for those two |x| 2**-8 (bf16x3) or 0 (fp32x3)
+                    (stochastic: step, |x| 2**-7)
     mxfp4, nvfp4    the same with m = 1
     dynamic8, tables  half the widest gap of levels beside x, times a       (stochastic: that gap)
     eden, lloyd     |x| + a / smallest level, where the largest is 1        (their squared error is what is small)
@@ -22,6 +24,7 @@ import torch
 from torch import Tensor
 
 from commq.codecs.formats import Format
+from commq.codecs.spikes import split_spikes
 
 _TINY = 2.0**-148
 
@@ -40,6 +43,8 @@ def error_bound(x_N: Tensor, fmt: Format, *, rounding: str = "nearest") -> Tenso
     if fmt.kind == "means":
         s = amax_G.repeat_interleave(fmt.block)[: x.numel()]
         return torch.maximum(x, s * (1 + 2.0**-8) + 2.0**-133)
+    if fmt.kind == "spikes":
+        return _spikes_bound(x_N, fmt, steps)
     if fmt.kind == "sign":
         return _sign_bound(x, amax_G, fmt, rounding)
     if fmt.kind == "levels":
@@ -77,6 +82,18 @@ def _levels_bound(x_N: Tensor, amax_G: Tensor, fmt: Format, steps: float) -> Ten
     gap = gaps.unfold(0, 3, 1).amax(dim=1)  # beside a level, and one farther: the scale may be rounded up
     index = torch.searchsorted(levels, x / torch.where(s > 0, s, 1.0)).clamp(max=len(levels))
     return s * (steps * gap[index] + 2.0**-21) + _TINY
+
+
+def _spikes_bound(x_N: Tensor, fmt: Format, steps: float) -> Tensor:
+    x_GB = torch.nn.functional.pad(x_N, (0, -x_N.numel() % fmt.block)).view(-1, fmt.block)
+    places_G2, rest_GB = split_spikes(x_GB)
+    s_G1 = rest_GB.abs().amax(dim=-1, keepdim=True).to(torch.float64)
+    if fmt.scale == "bf16x3":
+        s_G1 = s_G1 * (1 + 2.0**-7) + 2.0**-133
+    rest = s_G1 / fmt.max_code * (steps + fmt.max_code * 2.0**-21) + _TINY
+    kept_G2 = x_GB.gather(1, places_G2).abs().to(torch.float64)
+    kept = kept_G2 * 0 if fmt.scale == "fp32x3" else kept_G2 * (steps * 2.0**-7) + 2.0**-133
+    return rest.expand(x_GB.shape).scatter(1, places_G2, kept).reshape(-1)[: x_N.numel()]
 
 
 def _sign_bound(x: Tensor, amax_G: Tensor, fmt: Format, rounding: str) -> Tensor:

@@ -22,14 +22,19 @@ from typing import Any, Literal
 
 from commq.codecs.levels import LLOYD_MAX, dynamic_tree, symmetric
 
-Kind = Literal["raw", "integer", "float", "sign", "levels", "means"]
+Kind = Literal["raw", "integer", "float", "sign", "levels", "means", "spikes"]
 Fit = Literal["largest", "unbiased", "least_squares"]
-ScaleKind = Literal["none", "fp32", "bf16", "e8m0", "e4m3", "pair"]
+ScaleKind = Literal["none", "fp32", "bf16", "e8m0", "e4m3", "pair", "bf16x3", "fp32x3"]
 
 FITS: tuple[Fit, ...] = ("largest", "unbiased", "least_squares")
-SCALE_BYTES: dict[str, int] = {"none": 0, "fp32": 4, "bf16": 2, "e8m0": 1, "e4m3": 1, "pair": 4}
+SCALE_BYTES: dict[str, int] = {
+    **{"none": 0, "fp32": 4, "bf16": 2, "e8m0": 1, "e4m3": 1, "pair": 4},
+    **{"bf16x3": 8, "fp32x3": 16},
+}
 
 MIN_BLOCK, MAX_BLOCK = 16, 4096
+MAX_SPIKES_BLOCK = 256
+"""Places of kept values are one byte."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +44,7 @@ class Format:
     name: str
     kind: Kind
     bits: int
-    """Bits per code on the wire: 1, 2, 4, 8, 16 or 32; levels also 3."""
+    """Bits per code on the wire: 1, 2, 4, 8, 16 or 32; levels also 3; spikes 2 to 8."""
     max_code: float = 0.0
     """Largest magnitude of a code: 127 for int8, 448 for e4m3, 1 for sign; 0 for raw formats."""
     mantissa: int = 0
@@ -49,7 +54,8 @@ class Format:
     block: int = 16
     """Elements that share one scale: a power of two, 16..4096. Raw formats have no scale; theirs is unused."""
     scale: ScaleKind = "none"
-    """dtype of a block's scale. Integer and fp8 scales in bf16 are rounded up: nothing clips. pair: two bf16."""
+    """dtype of a block's scale. Integer and fp8 scales in bf16 are rounded up: nothing clips. pair: two bf16.
+    bf16x3, fp32x3: a scale, rounded up, and two kept values (see spikes.py)."""
     group: int = 0
     """Elements that share a second, fp32 scale above the e4m3 block scales (nvfp4); 0: there is none."""
     levels: tuple[float, ...] = ()
@@ -73,6 +79,8 @@ class Format:
                 f"block={self.block!r} for format {self.name!r}: expected a power of two from {MIN_BLOCK} to "
                 f"{MAX_BLOCK}, such as 64, 128 or 256"
             )
+        if self.kind == "spikes" and self.block > MAX_SPIKES_BLOCK:
+            raise ValueError(f"block={self.block} for format {self.name!r}: expected at most {MAX_SPIKES_BLOCK}")
         if self.kind == "levels":
             self._check_levels()
         allowed = SCALES.get(self.name, ("fp32", "bf16"))
@@ -155,6 +163,7 @@ SCALES: dict[str, tuple[str, ...]] = {
     "mxfp4": ("e8m0",),
     "nvfp4": ("e4m3",),
     "means": ("pair",),
+    **{f"spike{bits}": ("bf16x3", "fp32x3") for bits in range(2, 9)},
 }
 """Scale dtypes each block format can have; the first is the default."""
 
@@ -216,17 +225,28 @@ Source: Seide et al. 2014. In plain torch only: neither the native library nor T
 """
 
 
+SPIKE_FORMATS: dict[str, Format] = {
+    f"spike{bits}": _block_format(f"spike{bits}", "spikes", bits, 128, float(2 ** (bits - 1) - 1))
+    for bits in range(2, 9)
+}
+"""Integers of any width, by bit planes, with the two largest values of a block kept: for activations (spikes.py).
+
+bf16x3 keeps values of bfloat16 exactly, and others to 2**-9 of themselves; fp32x3 keeps all of them. In plain torch and
+Triton: the native library does not have them.
+"""
+
+
 def get_format(name: str, *, block: int | None = None, scale: ScaleKind | None = None) -> Format:
     """The format `name`, with another block length or scale dtype if asked for.
 
     name: fp32, bf16, fp16, int8, int4, int2, sign, fp8_e4m3, fp8_e5m2, mxfp8, mxfp4, nvfp4; eden1 to eden4, lloyd1
-    to lloyd4 (which need a rotation), alq3, amq3, dynamic8 or means.
+    to lloyd4 (which need a rotation), alq3, amq3, dynamic8, means, or spike2 to spike8.
     block: elements that share a scale, a power of two from 16 to 4096; default 128 (mxfp8, mxfp4: 32; nvfp4: 16; eden,
     lloyd: 1024).
-    scale: dtype of the scale, "fp32" or "bf16", where the format leaves a choice.
+    scale: dtype of the scale, "fp32" or "bf16" ("fp32x3" or "bf16x3" for spikes), where the format leaves a choice.
     Raises ValueError for an unknown name, block or scale. `block` and `scale` mean nothing to raw formats.
     """
-    named = FORMATS | LEVEL_FORMATS | {"means": MEANS}
+    named = FORMATS | LEVEL_FORMATS | {"means": MEANS} | SPIKE_FORMATS
     if name not in named:
         raise ValueError(f"format {name!r} is unknown; expected one of {', '.join(named)}")
     fmt = named[name]

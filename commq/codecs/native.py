@@ -52,7 +52,7 @@ def missing(device: torch.device, *formats: Format) -> str:
     if not torch._C._dispatch_has_kernel_for_dispatch_key("commq::encode_bucket", key):
         return f"{LIBRARY} was built without {key} code: nvcc was not found; set CUDA_HOME and install again"
     for fmt in formats:
-        if fmt.kind == "means":
+        if fmt.kind in ("means", "spikes"):
             return f"the native library does not have format {fmt.name}"
         if fmt.kind == "levels" and fmt.bits not in _LEVELS_IDS:
             return f"the native library has tables of at most 16 levels, not the {len(fmt.levels)} of {fmt.name}"

@@ -19,11 +19,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from commq.codecs import rounding, scales
+from commq.codecs import rounding, scales, spikes
 from commq.codecs.formats import Format
 from commq.codecs.philox import random_u16
 from commq.codecs.rotation import Rotation, rotate, unrotate
-from commq.codecs.wire import Layout, pack, unpack
+from commq.codecs.wire import Layout, pack, pack_planes, unpack, unpack_planes
 
 _FLOAT_MAX = torch.finfo(torch.float32).max
 
@@ -185,6 +185,11 @@ def encode_rows(x_KC: Tensor, wire_KS: Tensor, layout: Layout, coding: Coding, b
         # Raw formats have no blocks; their counter runs over elements all the same.
         ids_G = blocks.ids_G if fmt.kind != "raw" else torch.arange(-(-x_KC.numel() // 16), device=x_KC.device)
         random_GB = random_u16(ids_G, fmt.block, seed=coding.seed, step=coding.step, stream=coding.stream)
+    if fmt.kind == "spikes":
+        records_GS, rest_GB, marked_G = spikes.encode_spikes(x_KC.reshape(-1, fmt.block), fmt, random_GB)
+        t_GB = _scaled(rest_GB, spikes.decode_records(records_GS, fmt)[0], marked_G, fmt)
+        _write_rows(wire_KS, layout, rounding.integer_codes(t_GB, fmt, random_GB), records_GS, None)
+        return
     if fmt.kind == "raw":
         raw = _encode_raw(x_KC, fmt, None if random_GB is None else random_GB.view(-1)[: x_KC.numel()])
         layout.codes(wire_KS).copy_(raw)
@@ -221,7 +226,8 @@ def encode_rows(x_KC: Tensor, wire_KS: Tensor, layout: Layout, coding: Coding, b
 def _write_rows(wire_KS: Tensor, layout: Layout, codes_GB: Tensor, scales_GS: Tensor, groups_Q4: Tensor | None) -> None:
     rows = wire_KS.shape[0]
     wire_KS[:, : layout.chunk_bytes].zero_()  # the padding between sections
-    layout.codes(wire_KS).copy_(pack(codes_GB.view(rows, -1), layout.format.bits))
+    pack_codes = pack_planes if layout.format.kind == "spikes" else pack
+    layout.codes(wire_KS).copy_(pack_codes(codes_GB, layout.format.bits).view(rows, -1))
     layout.scales(wire_KS).copy_(scales_GS.view(rows, -1))
     if groups_Q4 is not None:
         layout.groups(wire_KS).copy_(groups_Q4.view(rows, -1))
@@ -239,6 +245,11 @@ def decode_rows(wire_KS: Tensor, layout: Layout) -> Tensor:
         return scales.aligned(codes_KP).view(dtype).to(torch.float32)
     scales_GS = layout.scales(wire_KS).reshape(rows * layout.chunk_blocks, -1)
     groups_Q4 = layout.groups(wire_KS).reshape(-1, 4) if fmt.group else wire_KS.new_empty((0, 4))
+    if fmt.kind == "spikes":
+        s_G, kept_G2, places_G2 = spikes.decode_records(scales_GS, fmt)
+        codes_GB = unpack_planes(codes_KP.reshape(s_G.numel(), -1), fmt.bits)
+        rest_GB = (rounding.code_values(codes_GB, fmt) * (1.0 / fmt.max_code)) * s_G[:, None]
+        return spikes.put_back(rest_GB, kept_G2, places_G2).view(rows, -1)
     if fmt.kind == "means":
         return scales.decode_means(unpack(codes_KP, 1).view(-1, fmt.block), scales_GS).view(rows, -1)
     s_G = scales.decode_scales(scales_GS, groups_Q4, fmt)

@@ -83,7 +83,7 @@ def code_values(codes: Tensor, fmt: Format) -> Tensor:
     if fmt.kind == "levels":
         levels = level_table(fmt, codes.device)
         return levels[codes.to(torch.int64).clamp(max=len(levels) - 1)]
-    if fmt.kind == "integer":
+    if fmt.kind in ("integer", "spikes"):
         shift = 8 - fmt.bits
         return ((codes << shift).view(torch.int8) >> shift).to(torch.float32)
     if fmt.bits == 8:

@@ -76,7 +76,7 @@ def encode_means(h_GB: Tensor, valid_G: Tensor) -> tuple[Tensor, Tensor, Tensor]
     for of_sign_GB, sign_bit in ((codes_GB & own_GB, 0), (~codes_GB & own_GB, 0x8000)):
         total_G = tree_sum((h_GB.abs() * up[:, None]).masked_fill(~of_sign_GB, 0.0))
         mean_G = torch.minimum(total_G / of_sign_GB.sum(dim=-1).clamp(min=1).to(torch.float32) * down, amax_G)
-        words.append((_bf16_nearest(magnitude_bits(mean_G)) | sign_bit).masked_fill(marked_G, 0x7FC0))
+        words.append((bf16_nearest(magnitude_bits(mean_G)) | sign_bit).masked_fill(marked_G, 0x7FC0))
     return codes_GB.to(torch.int32), _bytes(torch.stack(words, dim=-1), torch.int16).view(-1, 4), marked_G
 
 
@@ -86,11 +86,13 @@ def decode_means(codes_GB: Tensor, scales_G4: Tensor) -> Tensor:
     return torch.where(codes_GB != 0, means_G2[:, :1], means_G2[:, 1:])
 
 
-def _bf16_up(bits: Tensor) -> Tensor:
+def bf16_up(bits: Tensor) -> Tensor:
+    """The smallest finite bfloat16 at or above magnitude bits, as its upper 16; the largest one above that."""
     return ((bits + 0xFFFF) >> 16).clamp(max=_BF16_MAX)
 
 
-def _bf16_nearest(bits: Tensor) -> Tensor:
+def bf16_nearest(bits: Tensor) -> Tensor:
+    """The same for the nearest one."""
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).clamp(max=_BF16_MAX)
 
 
@@ -144,7 +146,7 @@ def encode_scales(h_GB: Tensor, valid_G: Tensor, fmt: Format, *, mean: bool) -> 
         if fmt.scale == "fp32":
             scales = _bytes(bits_G.masked_fill(marked_G, 0x7FC00000), torch.int32)
         else:
-            bf16_G = _bf16_nearest(bits_G) if mean else _bf16_up(bits_G)
+            bf16_G = bf16_nearest(bits_G) if mean else bf16_up(bits_G)
             scales = _bytes(bf16_G.masked_fill(marked_G, 0x7FC0), torch.int16)
     return scales, groups_Q4, marked_G
 
@@ -180,7 +182,7 @@ def fitted_scales(
     bits_G = magnitude_bits(s_G)
     if fmt.scale == "fp32":
         return _bytes(bits_G.masked_fill(marked_G, 0x7FC00000), torch.int32)
-    return _bytes(_bf16_nearest(bits_G).masked_fill(marked_G, 0x7FC0), torch.int16)
+    return _bytes(bf16_nearest(bits_G).masked_fill(marked_G, 0x7FC0), torch.int16)
 
 
 def _exponent(bits_G: Tensor, marked_G: Tensor) -> Tensor:

@@ -214,7 +214,7 @@ def encode_codes(h_GB, s_G, marked_G, random_GB, FMT: tl.constexpr, STOCHASTIC: 
             return tl.minimum(((t_GB * 0.5 + 0.5) + random_GB).to(tl.int32), 1)
         else:
             return (marked_G[:, None] | (h_GB >= 0)).to(tl.int32)
-    elif FMT.kind == "integer":
+    elif FMT.kind == "integer" or FMT.kind == "spikes":
         if STOCHASTIC:
             integer_GB = floor_integer(t_GB + random_GB)
         else:
@@ -231,7 +231,7 @@ def decode_codes(codes_GB, s_G, FMT: tl.constexpr):
         value_GB = level_values(codes_GB, FMT)
     elif FMT.kind == "sign":
         value_GB = tl.where(codes_GB & 1 != 0, 1.0, -1.0)
-    elif FMT.kind == "integer":
+    elif FMT.kind == "integer" or FMT.kind == "spikes":
         value_GB = ((codes_GB << (32 - FMT.bits)) >> (32 - FMT.bits)).to(tl.float32)
     else:
         value_GB = small_float(codes_GB, FMT.exponent, FMT.mantissa)

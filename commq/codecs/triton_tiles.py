@@ -11,6 +11,7 @@ import triton.language as tl
 from commq.codecs.triton_bits import (
     bfloat16_bits,
     bits_float,
+    block_offsets,
     element_offsets,
     float_bits,
     load_word,
@@ -20,6 +21,7 @@ from commq.codecs.triton_bits import (
 )
 from commq.codecs.triton_blocks import decode_codes, decode_scales, encode_blocks
 from commq.codecs.triton_levels import load_threes, store_threes
+from commq.codecs.triton_spikes import load_spikes, store_spikes
 
 
 @triton.jit
@@ -69,6 +71,10 @@ def load_blocks(
     """
     if FMT.kind == "raw":
         return _load_raw(row, first, left, FMT, ALIGNED, G)
+    elif FMT.kind == "spikes":
+        present_G = tl.arange(0, G) * FMT.block < left
+        records = row + scales_offset + first // FMT.block * FMT.scale_bytes
+        return load_spikes(row + first * FMT.bits // 8, records, present_G, FMT, ALIGNED, G)
     else:
         present_G = tl.arange(0, G) * FMT.block < left
         codes_GB = load_codes(row + first * FMT.bits // 8, present_G, FMT, G)
@@ -143,13 +149,20 @@ def store_blocks(
         else:
             ids_G = first_block + block + lane_G
             valid_G = tl.minimum(tl.maximum(numel - ids_G * FMT.block, 0), FMT.block).to(tl.int32)
-        codes_GB, scale_G, group_G, s_G = encode_blocks(
-            y_GB, ids_G, valid_G, seed, stream, step_low, step_high, FMT, STOCHASTIC, G
-        )
-        sent_GB = decode_codes(codes_GB, s_G, FMT)
-        store_codes(row + first * FMT.bits // 8, codes_GB, present_G, FMT, G)
+        codes = row + first * FMT.bits // 8
         scales = row + scales_offset + block * FMT.scale_bytes
-        store_word(scales, lane_G, scale_G, present_G, FMT.scale_bytes, ALIGNED)
+        if FMT.kind == "spikes":
+            random_GB = y_GB
+            if STOCHASTIC:
+                random_GB = block_offsets(ids_G, seed, stream, step_low, step_high, G, FMT.block)
+            sent_GB = store_spikes(y_GB, random_GB, codes, scales, present_G, FMT, ALIGNED, STOCHASTIC, G)
+        else:
+            codes_GB, scale_G, group_G, s_G = encode_blocks(
+                y_GB, ids_G, valid_G, seed, stream, step_low, step_high, FMT, STOCHASTIC, G
+            )
+            sent_GB = decode_codes(codes_GB, s_G, FMT)
+            store_codes(codes, codes_GB, present_G, FMT, G)
+            store_word(scales, lane_G, scale_G, present_G, FMT.scale_bytes, ALIGNED)
         if FMT.per_group:
             groups = row + groups_offset + block // FMT.per_group * 4
             leader_G = present_G & (lane_G % FMT.per_group == 0)

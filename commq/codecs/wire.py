@@ -8,7 +8,8 @@ every chunk is one contiguous row, so that an all-to-all sends rows as they are:
 each section padded to 16 bytes (block formats) so that kernels read and write 16 bytes at a time. Codes stand in
 element order; where several share a byte (of 3 bits: eight share three bytes), the first is in the lowest bits. All
 numbers are little-endian. Integer codes are two's complement, sign codes are 1 for x >= 0, float codes are the usual
-bit patterns (sign first), codes of levels are their numbers in the table.
+bit patterns (sign first), codes of levels are their numbers in the table. Codes of spikes stand in planes, block by
+block, and in place of its scale each block has a record: scale, two kept values, two places of a byte.
 Raw formats are the plain elements, without padding.
 """
 
@@ -116,6 +117,31 @@ def pack(codes_KC: Tensor, bits: int) -> Tensor:
     for i in range(1, per_byte):
         packed |= codes[..., i] << (i * bits)
     return packed
+
+
+def planes(bits: int) -> list[int]:
+    """The widths of the planes that codes of 2 to 8 bits are split into, from the lowest bits on: 7 is 4, 2 and 1."""
+    return [8] if bits == 8 else [width for width in (4, 2, 1) if bits & width]
+
+
+def pack_planes(codes_GB: Tensor, bits: int) -> Tensor:
+    """Pack the codes of each block, taken modulo 2**bits, plane after plane: uint8 (G, B * bits / 8)."""
+    packed, shift = [], 0
+    for width in planes(bits):
+        packed.append(pack(codes_GB >> shift, width))
+        shift += width
+    return torch.cat(packed, dim=-1)
+
+
+def unpack_planes(packed_GP: Tensor, bits: int) -> Tensor:
+    """The codes of `pack_planes`, as uint8 in [0, 2**bits): (G, P * 8 / bits)."""
+    block = packed_GP.shape[-1] * 8 // bits
+    parts = packed_GP.split([block * width // 8 for width in planes(bits)], dim=-1)
+    codes, shift = unpack(parts[0], planes(bits)[0]), planes(bits)[0]
+    for part, width in zip(parts[1:], planes(bits)[1:], strict=True):
+        codes = codes | unpack(part, width) << shift
+        shift += width
+    return codes
 
 
 def unpack(packed_KP: Tensor, bits: int) -> Tensor:

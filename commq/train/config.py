@@ -120,6 +120,13 @@ class Config:
     full-shard for fsdp, hybrid-shard for hsdp. Nothing to optimizers that send a momentum."""
     parallel: Literal["ddp", "fsdp", "hsdp"] = "ddp"
     """ddp: every process has all parameters. fsdp: they are sharded over all processes; hsdp: over those of a host."""
+    tensor_parallel: int = 1
+    """Neighbouring processes that share the attention and the MLP of every block; the others take other sequences."""
+    experts: int = 0
+    """MLPs of each block, spread over all processes, of which a router chooses two for each token; 0: just one."""
+    activations: str = "int8"
+    """How activations travel with tensor_parallel, and tokens to their experts, forward and backward: bf16, int8,
+    spike5, ..."""
     steps: int = 300
     """Optimizer steps in the whole run."""
     seed: int = 0

@@ -18,9 +18,8 @@ from commq.train.data import load_corpus
 from commq.train.display import Display
 from commq.train.metrics import Metrics, Row, check_tensorboard
 from commq.train.ranks import Ranks, compare_ranks
-from commq.train.sharded import ShardedTrainer
 from commq.train.stop import Stop
-from commq.train.trainer import Trainer
+from commq.train.trainers import trainer_of
 
 
 class Run:
@@ -50,7 +49,7 @@ class Run:
             error = problem
         compare_ranks(facts, error)
 
-        self.trainer = (Trainer if config.parallel == "ddp" else ShardedTrainer)(config, recipe, corpus, ranks)
+        self.trainer = trainer_of(config)(config, recipe, corpus, ranks)
         self._say(f"{ranks}, torch {self._place['torch']}")
         self._say(f"data    {corpus}")
         self._say(f"model   {sum(p.numel() for p in self.trainer.ddp.parameters()) / 1e6:.2f} M parameters")
@@ -172,8 +171,8 @@ class Run:
                 )
             if "apart" in own:
                 raise ValueError(
-                    f"{path} was saved between two meetings of its ranks, which hold different weights; continue with "
-                    f"{old_size} processes, or from a checkpoint of a step at which they met"
+                    f"{path} was saved by ranks that held different weights, parts of a model or between two meetings; "
+                    f"continue with {old_size} processes, or from a checkpoint of a step at which they met"
                 )
             own["handle"] = self.trainer.fold([load_own(path, old)["handle"] for old in range(old_size)])
         self.trainer.load_state(common, own)

@@ -71,9 +71,13 @@ class Trainer:
                 part = self._loss(self.ddp, self._train_batch(micro)) / accumulate
                 part.backward()
             loss += part.detach()
-        norm = clip_grad_norm_(self.ddp.parameters(), self.config.optimizer.clip or float("inf"))
+        norm = self._clip()
         self.optimizer.step()
         return loss, norm
+
+    def _clip(self) -> Tensor:
+        """Clip the averaged gradient; its norm before that."""
+        return clip_grad_norm_(self.ddp.parameters(), self.config.optimizer.clip or float("inf"))
 
     @torch.no_grad()
     def validate(self) -> float:
