@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 
-from codec_cases import SWEEP, Case, run_case
+from codec_cases import SPIKES, SWEEP, Case, run_case
 
 pytest.importorskip("triton", reason="triton is not installed; pip install triton")
 
@@ -55,3 +55,9 @@ def one_of_each():
 @pytest.mark.parametrize("number", one_of_each().values(), ids=map(str, one_of_each()))
 def test_every_kind_of_format_compiles(number, compiling):
     run_case(Case(number), compiling, "cpu", fuzz=False)
+
+
+@pytest.mark.parametrize("number", (2, 3))
+def test_kept_values_compile(number, compiling):
+    """One of each scale."""
+    run_case(Case(number, SPIKES), compiling, "cpu", fuzz=False)

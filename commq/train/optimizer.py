@@ -43,13 +43,14 @@ def make_comm_optimizer(
         case "onebit-lamb":
             return OneBitLamb(module, config.lr, freeze_step=freeze_step, **adam)
         case "zero-one-adam":
-            # Two thirds of the steps after the freeze are at the longest interval, 16.
-            scaler = max(1, (steps - freeze_step) // 12)
+            # The variance follows the gradients while they shrink: half of the steps before the freeze refresh it or
+            # more. Two thirds of the steps after the freeze are at the longest interval, 16.
             return ZeroOneAdam(
                 module,
                 config.lr,
                 var_freeze_step=freeze_step,
-                local_step_scaler=scaler,
+                var_update_scaler=max(16, freeze_step // 4),
+                local_step_scaler=max(1, (steps - freeze_step) // 12),
                 decoupled_weight_decay=True,
                 **adam,
             )
