@@ -1,4 +1,6 @@
-"""Inputs that codecs get wrong."""
+"""Inputs that codecs get wrong, and fewer combinations of them."""
+
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -28,3 +30,8 @@ def nasty_inputs() -> dict[str, Tensor]:
         inputs[name] = normal(1000)
         inputs[name][300 : 300 + len(values)] = torch.tensor(values)
     return inputs
+
+
+def paired(names: Iterable[str], lengths: Sequence[int], turn: int) -> list[tuple[str, int]]:
+    """Each name with one of the lengths. Over as many turns in a row as there are lengths, every pair comes once."""
+    return [(name, lengths[(i + turn) % len(lengths)]) for i, name in enumerate(names)]
