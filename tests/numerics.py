@@ -1,4 +1,4 @@
-"""Inputs that codecs get wrong, and fewer combinations of them."""
+"""Inputs that codecs get wrong, fewer combinations of them, and what fp32 sums may lose."""
 
 from collections.abc import Iterable, Sequence
 
@@ -30,6 +30,12 @@ def nasty_inputs() -> dict[str, Tensor]:
         inputs[name] = normal(1000)
         inputs[name][300 : 300 + len(values)] = torch.tensor(values)
     return inputs
+
+
+def mean_rounding(inputs_WN: Tensor) -> Tensor:
+    """How far fp32 means of W rows may be off, in any order: half an eps for each addition and for the division."""
+    world_size = len(inputs_WN)
+    return (world_size + 1) * torch.finfo(torch.float32).eps / 2 * inputs_WN.to(torch.float64).abs().mean(dim=0)
 
 
 def paired(names: Iterable[str], lengths: Sequence[int], turn: int) -> list[tuple[str, int]]:
