@@ -1,6 +1,7 @@
 """Inputs that codecs get wrong, fewer combinations of them, and what fp32 sums may lose."""
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,6 +39,6 @@ def mean_rounding(inputs_WN: Tensor) -> Tensor:
     return (world_size + 1) * torch.finfo(torch.float32).eps / 2 * inputs_WN.to(torch.float64).abs().mean(dim=0)
 
 
-def paired(names: Iterable[str], lengths: Sequence[int], turn: int) -> list[tuple[str, int]]:
-    """Each name with one of the lengths. Over as many turns in a row as there are lengths, every pair comes once."""
-    return [(name, lengths[(i + turn) % len(lengths)]) for i, name in enumerate(names)]
+def paired(names: Iterable[str], others: Sequence[Any], turn: int) -> list[tuple[str, Any]]:
+    """Each name with one of the others. Over as many turns in a row as there are others, every pair comes once."""
+    return [(name, others[(i + turn) % len(others)]) for i, name in enumerate(names)]
