@@ -50,10 +50,10 @@ from rank_process import Job, die_with_parent, rank_main
 GRACE = 5.0
 """Seconds that the other ranks have to report what they saw after one failed."""
 
-# Ranks are forked from a server that has imported torch: milliseconds in place of seconds for each. On macOS
-# the system's own libraries do not survive that.
-_processes = multiprocessing.get_context("spawn" if sys.platform == "darwin" else "forkserver")
-_processes.set_forkserver_preload([threaded.__name__, "pytest"])
+# Ranks are forked from a server that has imported what nearly all of them use (DDP and optimizers import
+# torch._dynamo): milliseconds in place of seconds for each. On macOS the system's own libraries do not survive that.
+forked = multiprocessing.get_context("spawn" if sys.platform == "darwin" else "forkserver")
+forked.set_forkserver_preload([threaded.__name__, "torch._dynamo", "pytest", "commq"])
 
 if not hasattr(threaded.ThreadLocalWorld, "comms"):  # torch before 2.13 forgets it in destroy_process_group
     threaded.ThreadLocalWorld.comms = property(lambda world: [])
@@ -256,9 +256,9 @@ class _Rank:
 
     def __init__(self, number: int, job: Job, dump: Path):
         self.number = number
-        self.pipe, self._child_pipe = _processes.Pipe(duplex=False)
+        self.pipe, self._child_pipe = forked.Pipe(duplex=False)
         self._dump = dump
-        self._process = _processes.Process(target=rank_main, args=(number, job, dump, self._child_pipe))
+        self._process = forked.Process(target=rank_main, args=(number, job, dump, self._child_pipe))
 
     def start(self) -> None:
         self._process.start()

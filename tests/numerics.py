@@ -1,4 +1,7 @@
-"""Inputs that codecs get wrong."""
+"""Inputs that codecs get wrong, fewer combinations of them, and what fp32 sums may lose."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,3 +31,14 @@ def nasty_inputs() -> dict[str, Tensor]:
         inputs[name] = normal(1000)
         inputs[name][300 : 300 + len(values)] = torch.tensor(values)
     return inputs
+
+
+def mean_rounding(inputs_WN: Tensor) -> Tensor:
+    """How far fp32 means of W rows may be off, in any order: half an eps for each addition and for the division."""
+    world_size = len(inputs_WN)
+    return (world_size + 1) * torch.finfo(torch.float32).eps / 2 * inputs_WN.to(torch.float64).abs().mean(dim=0)
+
+
+def paired(names: Iterable[str], others: Sequence[Any], turn: int) -> list[tuple[str, Any]]:
+    """Each name with one of the others. Over as many turns in a row as there are others, every pair comes once."""
+    return [(name, others[(i + turn) % len(others)]) for i, name in enumerate(names)]

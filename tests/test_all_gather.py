@@ -9,17 +9,17 @@ from commq.codecs.bounds import error_bound
 from commq.codecs.formats import FORMATS
 from commq.collectives.arguments import PIECE_BYTES
 from harness import process_ranks, rank_generator, run_processes, run_threads, thread_ranks
+from numerics import paired
 from test_schedules import gather, piece_bytes
 
 
 @thread_ranks(*range(1, 18))
 def test_ones_are_exact():
     world_size = dist.get_world_size()
-    for name in FORMATS:
-        for numel in (1, 256, 1003):
-            output = torch.empty(world_size, numel)
-            commq.all_gather(output, torch.ones(numel), format=name)
-            assert bool((output == 1.0).all()), (name, numel)
+    for name, numel in paired(FORMATS, (1, 256, 1003), world_size):
+        output = torch.empty(world_size, numel)
+        commq.all_gather(output, torch.ones(numel), format=name)
+        assert bool((output == 1.0).all()), (name, numel)
         outputs = [torch.empty(127) for _ in range(world_size)]
         commq.all_gather(outputs, torch.ones(127), format=name)
         assert all(bool((each == 1.0).all()) for each in outputs), name

@@ -11,6 +11,7 @@ from commq.codecs.bounds import error_bound
 from commq.codecs.formats import FORMATS
 from commq.collectives.transport import C10d, check_equal
 from harness import process_ranks, rank_generator, run_processes, run_threads, thread_ranks
+from numerics import paired
 
 all_reduce = partial(commq.all_reduce, schedule="two_shot")
 SUM, AVG = dist.ReduceOp.SUM, dist.ReduceOp.AVG
@@ -25,11 +26,10 @@ def gather(tensor):
 
 @thread_ranks(*ALL_RANKS)
 def test_ones_average_to_exactly_one():
-    for name in FORMATS:
-        for numel in (1, 127, 128, 100_003):
-            tensor = torch.ones(numel)
-            all_reduce(tensor, AVG, format=name)
-            assert bool((tensor == 1.0).all()), (name, numel)
+    for name, numel in paired(FORMATS, (1, 127, 128, 100_003), dist.get_world_size()):
+        tensor = torch.ones(numel)
+        all_reduce(tensor, AVG, format=name)
+        assert bool((tensor == 1.0).all()), (name, numel)
 
 
 @thread_ranks(*ALL_RANKS)

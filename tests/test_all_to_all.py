@@ -10,6 +10,7 @@ from commq.codecs.formats import FORMATS
 from commq.collectives.arguments import PIECE_BYTES
 from commq.collectives.transport import C10d
 from harness import process_ranks, rank_generator, run_processes, run_threads, thread_ranks
+from numerics import paired
 from test_schedules import gather, piece_bytes
 
 
@@ -21,11 +22,10 @@ def columns(x_WS):
 @thread_ranks(*range(1, 18))
 def test_ones_are_exact():
     world_size = dist.get_world_size()
-    for name in FORMATS:
-        for numel in (1, 256, 1003):
-            output = torch.empty(world_size * numel)
-            commq.all_to_all(output, torch.ones(world_size * numel), format=name)
-            assert bool((output == 1.0).all()), (name, numel)
+    for name, numel in paired(FORMATS, (1, 256, 1003), world_size):
+        output = torch.empty(world_size * numel)
+        commq.all_to_all(output, torch.ones(world_size * numel), format=name)
+        assert bool((output == 1.0).all()), (name, numel)
 
 
 @thread_ranks(2, 3, 17)

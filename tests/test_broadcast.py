@@ -9,6 +9,7 @@ from commq.codecs.bounds import error_bound
 from commq.codecs.formats import FORMATS
 from commq.collectives.arguments import PIECE_BYTES
 from harness import process_ranks, rank_generator, run_processes, run_threads, thread_ranks
+from numerics import paired
 from test_schedules import gather, piece_bytes
 
 OPTIONS = [
@@ -22,11 +23,10 @@ OPTIONS = [
 @thread_ranks(*range(1, 18))
 def test_ones_are_exact():
     for src in {0, dist.get_world_size() - 1}:
-        for name in FORMATS:
-            for numel in (1, 127, 1003):
-                tensor = torch.full((numel,), float(dist.get_rank() == src))
-                commq.broadcast(tensor, src, format=name)
-                assert bool((tensor == 1.0).all()), (name, numel)
+        for name, numel in paired(FORMATS, (1, 127, 1003), dist.get_world_size()):
+            tensor = torch.full((numel,), float(dist.get_rank() == src))
+            commq.broadcast(tensor, src, format=name)
+            assert bool((tensor == 1.0).all()), (name, numel)
 
 
 @thread_ranks(2, 3, 17)

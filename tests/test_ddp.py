@@ -138,7 +138,7 @@ def test_bytes_sent():
     model = GPT(ModelConfig())
     tokens = torch.zeros(1, 8, dtype=torch.int64)
     ratios = {}
-    for name in (n for n in commq.recipes() if not commq.recipe(n).is_for_shards):
+    for name in ("fp32", "bf16", "int8", "int4", "onebit"):
         ddp = DistributedDataParallel(model)
         handle = commq.register(ddp, name)
         ddp(tokens).square().mean().backward()

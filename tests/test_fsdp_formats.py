@@ -25,27 +25,31 @@ from fsdp_cases import (
     train,
 )
 from harness import process_ranks, thread_ranks
+from numerics import paired
 
 PLACES = {3: [None, (0, 1, 2)], 4: [(0, 0, 1, 1)], 8: [(0, 0, 1, 1, 2, 2, 3, 3), (0, 1, 1, 0, 2, 3, 3, 2)]}
 """On which hosts the ranks pretend to be."""
 SHARDED = ("full-shard", "sdp4bit", "qsdp", "loco", "fp8", "int2", "ef-signsgd", "bf16")
+DTYPES = torch.float32, torch.bfloat16, torch.float16
 
 
 @thread_ranks(3, 4, 8)
 def test_ones_stay_ones():
     """All ranks hold 1.0: gradients are exactly 1.0 on every path, hop, dtype and shape."""
+    turns = [(world_size, hosts) for world_size, places in PLACES.items() for hosts in places]
     for hosts in PLACES[dist.get_world_size()]:
-        recipes = [*SHARDED, *(["zero++"] if hosts and hosts[:2] == (0, 0) else [])]
-        for recipe in recipes:
-            for dtype in (torch.float32, torch.bfloat16, torch.float16):
-                ones(shard(Ones(), recipe, mesh=line(hosts), mp_policy=MixedPrecisionPolicy(dtype, dtype)), dtype)
+        cases = paired(SHARDED, DTYPES, turns.index((dist.get_world_size(), hosts)))
+        if hosts and hosts[:2] == (0, 0):
+            cases += [("zero++", dtype) for dtype in DTYPES]
+        for recipe, dtype in cases:
+            ones(shard(Ones(), recipe, mesh=line(hosts), mp_policy=MixedPrecisionPolicy(dtype, dtype)), dtype)
 
 
 @thread_ranks(4)
 def test_ones_stay_ones_between_hosts():
     for replicas in (2, 4):  # 4: NO_SHARD, one rank a shard
         for recipe in ("hybrid-shard", "full-shard", "int4", "int8", "bf16"):
-            for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            for dtype in DTYPES:
                 policy = MixedPrecisionPolicy(dtype, dtype)
                 ones(shard(Ones(), recipe, mesh=grid(replicas), mp_policy=policy), dtype)
 

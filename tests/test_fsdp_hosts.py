@@ -17,6 +17,7 @@ from commq.collectives.sharded import ShardMessage, Strip, gather, leaving_bytes
 from commq.collectives.transport import C10d
 from fsdp_cases import Even, error, grid, line, loss, made, run, same_bits, same_on_all_ranks, shard, whole
 from harness import rank_generator, thread_ranks
+from numerics import mean_rounding
 
 FOUR_BY_TWO = (0, 0, 1, 1, 2, 2, 3, 3)
 PLACES = {4: [(0, 0, 1, 1), (0, 1, 0, 1)], 8: [FOUR_BY_TWO, (0, 1, 1, 0, 2, 3, 3, 2), (0, 0, 0, 0, 1, 1, 1, 1)]}
@@ -26,6 +27,15 @@ def message(strips, sources, hosts, divisor=1.0):
     transport = C10d()
     plan = make_plan(tuple(sources), world_size=transport.world_size)
     return ShardMessage(plan, strips, transport, implementation("auto", strips[0].x.device), hosts, divisor)
+
+
+def bound_of(inputs_WC, hosts, inside, fmt):
+    """The bound of both hops: each rank's numbers within a host, then each host's sum."""
+    bound = torch.zeros(inputs_WC.shape[1])
+    for members in map(list, hosts.members):
+        lost = sum(error_bound(x, inside) for x in inputs_WC[members])
+        bound += lost + error_bound(inputs_WC[members].sum(dim=0).abs() + lost, fmt)
+    return bound
 
 
 @thread_ranks(4, 8)
@@ -46,14 +56,13 @@ def test_exchanges_stay_within_their_bounds():
             outs = [torch.empty(384), torch.empty(5)]
             strips = [Strip(own.view(-1), outs[0], Coding()), Strip(own[:, :5].reshape(-1), outs[1], Coding())]
             run_schedule(scatter(message(strips, sources, hosts, float(world_size))))
-            exact = torch.stack(inputs)[:, rank].sum(dim=0) / world_size
-            bound = torch.zeros(384)
-            for members in hosts.members:
-                lost = sum(error_bound(inputs[each][rank], inside) for each in members)
-                total = sum(inputs[each][rank] for each in members)
-                bound += lost + error_bound(total.abs() + lost, int4)
-            assert bool(((outs[0] - exact).abs() <= bound / world_size + exact.abs() * 2.0**-20).all())
-            assert torch.allclose(outs[1], exact[:5], rtol=2.0**-7, atol=2.0**-7 * 1000)
+            mine = torch.stack(inputs)[:, rank]
+            exact = mine.to(torch.float64).mean(dim=0)
+            rounding = mean_rounding(mine)
+            for out, x, *formats in ((outs[0], mine, inside, int4), (outs[1], mine[:, :5], bf16, bf16)):
+                numel = out.numel()
+                bound = bound_of(x, hosts, *formats) / world_size + rounding[:numel]
+                assert bool(((out - exact[:numel]).abs() <= bound).all()), (placed, formats)
 
         results = []
         for each in (None, hosts):

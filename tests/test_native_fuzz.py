@@ -16,7 +16,7 @@ TESTS = Path(__file__).resolve().parent
 KERNELS = TESTS.parent / "cuda"
 SOURCES = [TESTS / "native_fuzz.cpp", *(KERNELS / f"cpu_{name}.cpp" for name in ("portable", "avx2", "avx512"))]
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-FLAGS = [*SANITIZE, "-O1", "-g", "-std=c++17", "-ffp-contract=off", "-I", str(KERNELS)]
+FLAGS = [*SANITIZE, "-O1", "-g1", "-std=c++17", "-ffp-contract=off", "-I", str(KERNELS)]
 
 CASES, SEED = 1000, 1
 NOT_SUPPORTED = 77

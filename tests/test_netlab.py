@@ -370,6 +370,7 @@ def test_mpiexec(name: str) -> None:
 from mpi4py import MPI
 ranks = MPI.COMM_WORLD
 received = ranks.sendrecv(bytes(1 << 20), 1 - ranks.rank, source=1 - ranks.rank)
+ranks.Barrier()  # what the other one has received, this one has sent
 sent = next(line.split()[9] for line in open("/proc/net/dev") if "eth0" in line)
 assert len(received) == 1 << 20 <= int(sent), sent
 """

@@ -40,6 +40,14 @@ def test_warm_up_is_torchs_adam_to_the_bit(decoupled):
     assert torch.equal(parameters_of(module), parameters_of(plain))
 
 
+def factor_rounding(steps):
+    """Relative, of 1 / (sqrt(v) + eps) in fp32: half an eps for each operation, of which the root leaves half.
+
+    v: 4 in each step and 2 in its correction; then the root's own, adding eps, and inverting.
+    """
+    return ((4 * steps + 2) / 2 + 3) * torch.finfo(torch.float32).eps / 2
+
+
 @thread_ranks(3, 5)
 @pytest.mark.parametrize("fmt", ["sign", "int4"])
 def test_every_phase_follows_the_equations_to_the_bit(fmt):
@@ -67,9 +75,9 @@ def test_every_phase_follows_the_equations_to_the_bit(fmt):
             total = torch.zeros(SHAPES[name])
             for rank in range(world_size):
                 total += gradient(name, step, rank)
-            v[name] = v[name].lerp(((total / world_size) ** 2), 1 - BETAS[1])
+            v[name] = v[name].double().lerp((total / world_size).double() ** 2, 1 - BETAS[1])
         factor = torch.where(v[name] > 0, 1 / ((v[name] / (1 - BETAS[1] ** 4)).sqrt() + EPS), 0.0)
-        assert torch.allclose(state["precondition"], factor, rtol=1e-6, atol=0.0)
+        assert bool(((state["precondition"] - factor).abs() <= factor_rounding(steps=4) * factor).all())
         v[name] = state["precondition"].clone()
     for step in range(4, 10):
         run(module, optimizer, [step])

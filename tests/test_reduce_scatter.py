@@ -10,6 +10,7 @@ from commq.codecs.formats import FORMATS
 from commq.codecs.rotation import rotate
 from commq.collectives.arguments import PIECE_BYTES
 from harness import process_ranks, rank_generator, run_processes, run_threads, thread_ranks
+from numerics import paired
 from test_schedules import gather, piece_bytes
 
 SUM, AVG = dist.ReduceOp.SUM, dist.ReduceOp.AVG
@@ -18,11 +19,11 @@ SUM, AVG = dist.ReduceOp.SUM, dist.ReduceOp.AVG
 @thread_ranks(*range(1, 18))
 def test_ones_are_exact():
     world_size = dist.get_world_size()
-    for name in FORMATS:
-        for numel in (1, 256, 1003):
-            output = torch.empty(numel)
-            commq.reduce_scatter(output, torch.ones(world_size * numel), AVG, format=name)
-            assert bool((output == 1.0).all()), (name, numel)
+    for name, numel in paired(FORMATS, (1, 256, 1003), world_size):
+        output = torch.empty(numel)
+        commq.reduce_scatter(output, torch.ones(world_size * numel), AVG, format=name)
+        assert bool((output == 1.0).all()), (name, numel)
+        output = torch.empty(1003)
         commq.reduce_scatter(output, [torch.ones(1003)] * world_size, format=name)
         assert bool((output == world_size).all()), name
 

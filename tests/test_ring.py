@@ -13,6 +13,7 @@ from commq.codecs.rotation import Rotation, rotate, unrotate
 from commq.collectives.plan import Source, make_plan
 from commq.collectives.ring import deal, gather_up
 from harness import process_ranks, rank_generator, thread_ranks
+from numerics import paired
 from test_schedules import piece_bytes
 
 SUM, AVG = dist.ReduceOp.SUM, dist.ReduceOp.AVG
@@ -55,15 +56,14 @@ def bound_of(inputs_WN, fmt, divisor):
 def test_ones_average_to_exactly_one():
     """A block of one value survives, and so do partial sums; power-of-two scales cannot say every integer."""
     world_size = dist.get_world_size()
-    for name, fmt in FORMATS.items():
-        for numel in (1, 127, 1003) + (70_001,) * (name == "int4"):
-            tensor = torch.ones(numel)
-            all_reduce(tensor, AVG, format=name)
-            if not name.startswith("mx"):
-                assert bool((tensor == 1.0).all()), (name, numel)
-                continue
-            exact, bound = bound_of(torch.ones(world_size, numel), fmt, world_size)
-            assert bool(((tensor - exact).abs() <= bound).all()), (name, numel)
+    for name, numel in [*paired(FORMATS, (1, 127, 1003), world_size), ("int4", 70_001)]:
+        tensor = torch.ones(numel)
+        all_reduce(tensor, AVG, format=name)
+        if not name.startswith("mx"):
+            assert bool((tensor == 1.0).all()), (name, numel)
+            continue
+        exact, bound = bound_of(torch.ones(world_size, numel), FORMATS[name], world_size)
+        assert bool(((tensor - exact).abs() <= bound).all()), (name, numel)
 
 
 @thread_ranks(2, 3, 5, 17)

@@ -1,17 +1,27 @@
-"""`python -m commq.train` as a user runs it: processes that are interrupted, killed, or do not agree."""
+"""`python -m commq.train` as a user runs it: processes that are interrupted, killed, or do not agree.
+
+Most are forked from the harness's server and run the module from there: all is as in a process of their own, but for
+the seconds that Python takes to start and to import torch.
+"""
 
 import dataclasses
 import os
+import runpy
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
 import torch.distributed as dist
 
 from commq.train.metrics import read_rows
+from harness import forked
+from rank_process import die_with_parent
 
 TINY = ["--layers", "1", "--dim", "32", "--heads", "2", "--context", "16", "--batch", "2", "--val-sequences", "8"]
 LIMIT = 120  # seconds until a process that should have ended counts as hanging
@@ -20,7 +30,7 @@ LIMIT = 120  # seconds until a process that should have ended counts as hanging
 class Ranks:
     """The processes of one job, started as torchrun starts them."""
 
-    def __init__(self, *options_of_ranks: list[str]) -> None:
+    def __init__(self, folder: Path, *options_of_ranks: list[str]) -> None:
         # As torchrun does, keep the store here: a port looked up for rank 0 could be given to another job meanwhile.
         self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         world_size = str(len(options_of_ranks))
@@ -31,43 +41,65 @@ class Ranks:
             "MASTER_PORT": str(self.store.port),
             "TORCHELASTIC_USE_AGENT_STORE": "True",
         }
-        self.processes = [
-            subprocess.Popen(
-                [sys.executable, "-m", "commq.train", *TINY, *options],
-                env=os.environ | job | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for rank, options in enumerate(options_of_ranks)
-        ]
+        self.outputs, self.errors, self.processes = [], [], []
+        for rank, options in enumerate(options_of_ranks):
+            output, written = forked.Pipe(duplex=False)
+            errors = folder / str(rank)
+            environ = os.environ | job | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            process = forked.Process(target=run_module, args=([*TINY, *options], environ, written, errors))
+            process.start()
+            written.close()  # so that the process's is the last, and its end is the end of the output
+            self.outputs.append(os.fdopen(os.dup(output.fileno())))
+            self.errors.append(errors)
+            self.processes.append(process)
 
     def wait_for(self, text: str) -> None:
         """Read what rank 0 prints until a line has `text`."""
-        assert any(text in line for line in self.processes[0].stdout), self.finish()
+        assert any(text in line for line in self.outputs[0]), self.finish()
 
     def signal(self, number: signal.Signals, *ranks: int) -> None:
         for rank in ranks:
-            self.processes[rank].send_signal(number)
+            os.kill(self.processes[rank].pid, number)
 
-    def finish(self) -> list[tuple[int, str, str]]:
-        """Exit code, rest of the output, and errors of each rank."""
-        texts = [process.communicate(timeout=LIMIT) for process in self.processes]
-        return [(process.returncode, *text) for process, text in zip(self.processes, texts, strict=True)]
+    def finish(self) -> list[tuple[int | None, str, str]]:
+        """Exit code, rest of the output, and errors of each rank. No code: it hung, and was killed."""
+        deadline, found = time.monotonic() + LIMIT, []
+        for process, output, errors in zip(self.processes, self.outputs, self.errors, strict=True):
+            process.join(max(0.0, deadline - time.monotonic()))
+            code = process.exitcode
+            process.kill()
+            found.append((code, output.read(), errors.read_text()))
+        return found
+
+
+def run_module(options: list[str], environ: dict[str, str], output: Connection, errors: Path) -> None:
+    """In the process: `python -m commq.train OPTIONS`, with these as its standard output and error output."""
+    os.setpgrp()  # which dies as a whole
+    threading.Thread(target=die_with_parent, daemon=True).start()
+    os.environ.clear()
+    os.environ.update(environ)
+    os.dup2(output.fileno(), 1)
+    output.close()
+    with errors.open("w") as file:
+        os.dup2(file.fileno(), 2)
+    sys.argv[1:] = options
+    runpy.run_module("commq.train", run_name="__main__", alter_sys=True)
 
 
 @pytest.fixture
-def start() -> Iterator[type[Ranks]]:
+def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Ranks]]:
     started = []
 
     def start_ranks(*options_of_ranks: list[str]) -> Ranks:
-        started.append(Ranks(*options_of_ranks))
+        started.append(Ranks(tmp_path_factory.mktemp("errors"), *options_of_ranks))
         return started[-1]
 
     yield start_ranks
-    for process in (process for ranks in started for process in ranks.processes):
-        process.kill()
-        process.communicate()
+    for ranks in started:
+        for process, output in zip(ranks.processes, ranks.outputs, strict=True):
+            process.kill()
+            process.join()
+            output.close()
 
 
 def losses(out: Path) -> list[tuple]:
@@ -124,10 +156,11 @@ def test_a_wrong_option_is_one_line_and_exit_code_2(tmp_path, start, options, me
     assert "Traceback" not in errors
 
 
-def test_alone_it_trains_and_writes_what_it_says(tmp_path, start):
-    ((code, output, errors),) = start(["--steps", "3", "--out", str(tmp_path)]).finish()
-    assert code == 0, errors
-    assert "1 process, " in output and "complete at step 3" in output
+def test_alone_it_trains_and_writes_what_it_says(tmp_path):
+    command = [sys.executable, "-m", "commq.train", *TINY, "--steps", "3", "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT)
+    assert done.returncode == 0, done.stderr
+    assert "1 process, " in done.stdout and "complete at step 3" in done.stdout
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000003"]
     assert any((tmp_path / "tensorboard").iterdir())
     assert (tmp_path / "config.json").exists()
