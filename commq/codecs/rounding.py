@@ -7,8 +7,6 @@ exactly representable stay as they are; the mean is right to within 2**-17 of a 
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -75,9 +73,9 @@ def float_codes(t: Tensor, exponent: int, mantissa: int, top: int, random: Tenso
 
 def top_code(fmt: Format) -> int:
     """Bit pattern of max_code in a float format: 0x7E for e4m3, 0x7B for e5m2, 7 for e2m1."""
-    fraction, exponent = math.frexp(fmt.max_code)
+    exponent = int(fmt.max_code).bit_length() - 1
     lowest = 2 - 2 ** (fmt.exponent - 1)
-    return ((exponent - 1 - lowest) << fmt.mantissa) + int(fraction * 2 ** (fmt.mantissa + 1))
+    return ((exponent - lowest) << fmt.mantissa) + int(fmt.max_code / 2**exponent * 2**fmt.mantissa)
 
 
 def code_values(codes: Tensor, fmt: Format) -> Tensor:

@@ -7,8 +7,6 @@ of |x| orders finite < infinity < NaN, which a float maximum does not.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -101,9 +99,9 @@ def _e8m0_up(bits: Tensor, max_code: float) -> Tensor:
 
     Capped so that max_code * 2**e is finite: magnitudes above that (1.75 * 2**127 for e4m3) saturate.
     """
-    fraction, exponent = math.frexp(max_code)  # in [0.5, 1): max_code = 2 fraction * 2**(exponent - 1)
-    mantissa = int((2 * fraction - 1) * 2**23)
-    return ((bits + (0x7FFFFF - mantissa)) >> 23).sub(exponent - 1).clamp(0, 255 - exponent)
+    exponent = int(max_code).bit_length() - 1
+    mantissa = int((max_code / 2**exponent - 1) * 2**23)
+    return ((bits + (0x7FFFFF - mantissa)) >> 23).sub(exponent).clamp(0, 254 - exponent)
 
 
 def _e4m3_up(y: Tensor) -> Tensor:
