@@ -13,6 +13,7 @@ from commq.lowp.gemm import GEMMS, Precision
 from commq.lowp.linear import Clock, Linear
 from commq.lowp.policy import Policy
 from commq.lowp.policy import policy as read_policy
+from commq.lowp.statistics import Statistic, new_probe, read
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,18 @@ class Conversion:
         """
         self._clock.step.fill_(number)
 
+    def watch(self, on: bool = True) -> None:
+        """Collect statistics of all operands from the next pass on, or stop. It costs one emulated quantization of each
+        operand more, and a compiled model is compiled once more.
+        """
+        for module in self.modules.values():
+            module.probe = new_probe(module.weight.device) if on and module.plan is not None else None
+
+    def statistics(self) -> list[Statistic]:
+        """What was collected since the last call, of each operand; waits for the device."""
+        probes = {name: module.probe for name, module in self.modules.items()}
+        return [each for name, probe in probes.items() if probe is not None for each in read(name, probe)]
+
     def table(self) -> str:
         """Layer, shape, format of each GEMM and whether it is real or emulated, as text in columns."""
         head = ("layer", "shape", *(name.replace("_", " ") for name in GEMMS), "")
@@ -110,7 +123,7 @@ def convert(model: nn.Module, policy: str | Mapping[str, Any] | Policy, *, seed:
     for name, module in modules.items():
         module.__class__ = Linear
         assert isinstance(module, Linear)
-        module.clock, module.name, module.seed, module.rank = clock, name, seed, rank
+        module.clock, module.name, module.seed, module.rank, module.probe = clock, name, seed, rank, None
         layers[name] = module
     return Conversion(layers, blocks, policy, clock)
 

@@ -44,6 +44,8 @@ class Linear(nn.Linear):
     min_features: int | None
     plan: Plan | None
     """None: as nn.Linear does."""
+    probe: Tensor | None
+    """Collects statistics while the layer is watched."""
 
     def set_precision(self, precision: Precision, min_features: int | None) -> None:
         """Compute as `precision` says from now on, unless the layer has fewer features than were measured to gain."""
@@ -72,7 +74,7 @@ class Linear(nn.Linear):
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         with torch.autocast(x.device.type, enabled=False):
-            y = Product.apply(x.reshape(-1, self.in_features), self.weight, self.clock.step, self.plan)
+            y = Product.apply(x.reshape(-1, self.in_features), self.weight, self.clock.step, self.plan, self.probe)
             y = y.view(*x.shape[:-1], self.out_features)
             return y if self.bias is None else y + self.bias.to(y.dtype)
 

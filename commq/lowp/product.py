@@ -20,6 +20,7 @@ from commq.lowp.codes import ALIGNMENT, Codes, is_real
 from commq.lowp.emulate import emulated
 from commq.lowp.gemm import Gemm, Precision
 from commq.lowp.quantize import Counter
+from commq.lowp.statistics import measure
 
 _STREAMS = 16
 """Streams that a layer uses: three for each GEMM, rounded up."""
@@ -60,10 +61,10 @@ class Plan:
 
 
 class Product(torch.autograd.Function):
-    """y_MN = x_MK w_NK^T in the dtype of x."""
+    """y_MN = x_MK w_NK^T in the dtype of x. probe: collects statistics, see statistics.py."""
 
     @staticmethod
-    def forward(ctx: Any, x_MK: Tensor, w_NK: Tensor, step: Tensor, plan: Plan) -> Tensor:
+    def forward(ctx: Any, x_MK: Tensor, w_NK: Tensor, step: Tensor, plan: Plan, probe: Tensor | None) -> Tensor:
         forward, _, weight_gradient = plan.precision.gemms
         step = step.clone()  # a backward pass uses the number of its forward pass
         counters, later = plan.counters(0, step), plan.counters(2, step)
@@ -77,12 +78,15 @@ class Product(torch.autograd.Function):
         else:
             y_MN = _multiply(x_MK, w_NK, forward, counters, x_MK.dtype)
         saved = (x_MK,) if x_t is None else (x_t.codes, x_t.steps, *(x_t.second or ()))
-        ctx.save_for_backward(w_NK, step, *saved)
+        watched = () if probe is None else (x_MK, measure(x_MK, w_NK, forward, counters))
+        ctx.watched = len(watched)
+        ctx.save_for_backward(w_NK, step, *watched, *saved)
         return y_MN
 
     @staticmethod
     def backward(ctx: Any, dy_MN: Tensor) -> tuple[Tensor | None, ...]:
         w_NK, step, *saved = ctx.saved_tensors
+        watched, saved = saved[: ctx.watched], saved[ctx.watched :]
         plan: Plan = ctx.plan
         _, input_gradient, weight_gradient = plan.precision.gemms
         counters, later = plan.counters(1, step), plan.counters(2, step)
@@ -102,7 +106,14 @@ class Product(torch.autograd.Function):
             dw_NK = real.multiply(dy_t, x_t, weight_gradient, ctx.dtype).to(w_NK.dtype)
         elif needs_dw:
             dw_NK = _multiply(dy_MN.T, saved[0].T, weight_gradient, later, w_NK.dtype)
-        return dx_MK, dw_NK, None, None
+        if not watched:
+            return dx_MK, dw_NK, None, None, None
+        sums = (
+            watched[1],
+            measure(dy_MN, w_NK.T, input_gradient, counters, needs_dx),
+            measure(dy_MN.T, watched[0].T, weight_gradient, later, needs_dw),
+        )
+        return dx_MK, dw_NK, None, None, torch.cat(sums)
 
 
 def _encode(
