@@ -69,8 +69,9 @@ class Product(torch.autograd.Function):
         step = step.clone()  # a backward pass uses the number of its forward pass
         counters, later = plan.counters(0, step), plan.counters(2, step)
         ctx.plan, ctx.dtype, ctx.tokens = plan, x_MK.dtype, x_MK.shape[0]
-        padded_MK = _padded(x_MK) if plan.real[0] or plan.real[2] else x_MK
-        x, x_t = _encode(padded_MK, forward, weight_gradient, (plan.real[0], plan.real[2]), 0, (counters, later))
+        wanted = plan.real[0], plan.real[2] and ctx.needs_input_grad[1]
+        padded_MK = _padded(x_MK) if any(wanted) else x_MK
+        x, x_t = _encode(padded_MK, forward, weight_gradient, wanted, 0, (counters, later))
         if forward is not None and x is not None:
             w, _ = real.encode(w_NK.contiguous(), forward.second, None, (counters[1], counters[1]))
             assert w is not None

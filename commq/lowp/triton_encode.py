@@ -89,6 +89,8 @@ def _encode_both(
     MODE_T: tl.constexpr, KIND_T: tl.constexpr, MAX_T: tl.constexpr, INVERSE_T: tl.constexpr,
     STOCHASTIC_T: tl.constexpr, WIDTH: tl.constexpr, H: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
+    rows = tl.multiple_of(rows, 16)
+    columns = tl.multiple_of(columns, 16)
     pieces = (columns + W - 1) // W
     first_row = tl.program_id(0) // pieces * H
     first_column = tl.program_id(0) % pieces * W
@@ -127,8 +129,8 @@ def encode_both(
 ) -> None:
     """Write codes and steps of x_RC and codes and steps of its transpose: those whose mode is not NONE.
 
-    x_RC: contiguous. outputs: codes (any 1-byte dtype, row-major), steps, and both of the transpose. kinds: 0 int8,
-    1 e4m3, 2 e5m2. amax: float32 for modes ONE and ROW. key: seed and both streams.
+    x_RC: contiguous, R and C multiples of 16. outputs: codes (any 1-byte dtype, row-major), steps, and both of the
+    transpose. kinds: 0 int8, 1 e4m3, 2 e5m2. amax: float32 for modes ONE and ROW. key: seed and both streams.
     """
     rows, columns = x_RC.shape
     codes, steps, codes_t, steps_t = outputs
