@@ -136,8 +136,9 @@ def _encode(
 
 
 def _padded(x_MC: Tensor) -> Tensor:
-    """Contiguous, with rows of zeros up to a multiple of ALIGNMENT."""
-    missing = -x_MC.shape[0] % ALIGNMENT
+    """Contiguous, with rows of zeros up to a multiple of ALIGNMENT, and no fewer."""
+    tokens = x_MC.shape[0]
+    missing = max(-(-tokens // ALIGNMENT), 1) * ALIGNMENT - tokens
     return F.pad(x_MC, (0, 0, 0, missing)) if missing else x_MC.contiguous()
 
 

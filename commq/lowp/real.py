@@ -72,9 +72,10 @@ def _text(operand: Operand | None) -> str:
 
 
 def _largest(x_RC: Tensor, operand: Operand, axis: int, empty: Tensor) -> Tensor:
+    """Largest |x| of the whole or of rows, NaN if there is one: float32."""
     if operand.tile == TENSOR:
-        return x_RC.abs().amax().to(torch.float32).view(1)
-    return x_RC.abs().amax(dim=axis).to(torch.float32) if operand.tile == ROW else empty
+        return torch.linalg.vector_norm(x_RC, torch.inf).to(torch.float32).view(1)
+    return torch.linalg.vector_norm(x_RC, torch.inf, dim=axis).to(torch.float32) if operand.tile == ROW else empty
 
 
 def _outputs(x_RC: Tensor, what: Operand | None) -> tuple[Tensor, Tensor]:
