@@ -17,6 +17,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -231,7 +232,25 @@ def widths(args: argparse.Namespace) -> Iterator[Row]:
             yield {"part": "filter", "row": name, "width": width, "us": times[name] * 1e6, "times_bf16": gain}
 
 
-PARTS = {"step": steps, "gemm": gemms, "filter": widths}
+def tune(args: argparse.Namespace) -> Iterator[Row]:
+    """The configurations of the INT8 kernel, on the GEMMs of a layer dim -> 4 dim."""
+    from commq.lowp import triton_int8
+
+    how = PRECISIONS["int8"].forward
+    assert how is not None
+    for R, S, C in ((args.tokens, 4 * args.dim, args.dim), (args.tokens, args.dim, 4 * args.dim),
+                    (4 * args.dim, args.dim, args.tokens), (args.tokens, args.dim, args.dim)):  # fmt: skip
+        a, b = (torch.randn(rows, C, device=args.device, dtype=torch.bfloat16) for rows in (R, S))
+        first, second = coded(a, how, True), coded(b, how, False)
+        out = torch.empty(R, S, device=args.device, dtype=torch.bfloat16)
+        for config in triton_int8.CONFIGS:
+            call = partial(triton_int8.multiply_rows, first.codes, second.codes, first.steps, second.steps, out, config)
+            took = time_calls(partial(partial, call), R * C + S * C + 2 * R * S, args.device, runs=3).median
+            label = {"part": "tune", "row": f"{R}x{S}x{C}", "what": str(config)}
+            yield {**label, "us": took * 1e6, "tflops": 2e-12 * R * S * C / took}
+
+
+PARTS = {"step": steps, "gemm": gemms, "filter": widths, "tune": tune}
 
 
 def line(row: Row) -> str:
@@ -256,7 +275,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--sequence", type=int, default=2048)
     parser.add_argument("--rows", default=",".join(ROWS), help="separated by commas")
-    parser.add_argument("--parts", default="step,gemm", help="step, gemm, filter")
+    parser.add_argument("--parts", default="step,gemm", help="step, gemm, filter, tune")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--backend", default="inductor", help="of torch.compile")

@@ -9,8 +9,8 @@ One line turns it on for a DistributedDataParallel module:
 
     handle = commq.register(ddp, "int4")
 
-`commq.optim` has optimizers that send a momentum in one bit in place of the gradient; `commq.lowp` computes linear layers
-in low precision.
+`commq.optim` has optimizers that send a momentum in one bit in place of the gradient, `commq.lowp` computes linear
+layers in low precision.
 """
 
 from commq import lowp, optim

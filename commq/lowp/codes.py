@@ -55,6 +55,7 @@ def is_real(gemm: Gemm | None, shape: tuple[int, int, int], capability: tuple[in
         if pair == (TENSOR, TENSOR) and names != {"fp8_e5m2"}:
             return capability >= (8, 9)
         blocks = pair in (((1, 128), (128, 128)), ((1, 128), (1, 128))) and not any(size % 128 for size in shape)
+        blocks = blocks and _cuda_version() >= (12, 9)
         return capability == (9, 0) and names == {"fp8_e4m3"} and (pair == (ROW, ROW) or blocks)
     if names == {"int8"} and capability >= (8, 0):
         if set(pair) <= {TENSOR, ROW}:
@@ -64,6 +65,11 @@ def is_real(gemm: Gemm | None, shape: tuple[int, int, int], capability: tuple[in
         one_side = plain or (first.tile == (128, 128) and sorted(terms) == ["none", "outliers"])
         return square and one_side and not any(size % first.tile[0] for size in shape)
     return False
+
+
+def _cuda_version() -> tuple[int, ...]:
+    """Of torch's build; cuBLAS has scales of blocks since 12.9. Without CUDA: one that has everything."""
+    return tuple(int(part) for part in (torch.version.cuda or "99.0").split("."))
 
 
 def encoded(x_RC: Tensor, operand: Operand, counter: Counter) -> Codes:

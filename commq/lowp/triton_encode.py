@@ -146,5 +146,5 @@ def encode_both(
     _encode_both[grid](
         x, codes.view(torch.int8), steps, amax[0], codes_t.view(torch.int8), steps_t, amax[1], clock, rows, columns,
         steps.stride(0), steps_t.stride(0), *key, **constants, WIDTH=width, H=height, W=breadth,
-        num_warps=8 if height * breadth >= 8192 else 4, enable_fp_fusion=False,
+        num_warps=max(height * breadth // 1024, 4), enable_fp_fusion=False,
     )  # fmt: skip

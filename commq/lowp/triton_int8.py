@@ -104,14 +104,31 @@ def _tiles(
     _store(out, total, r, s, R, S, TURNED)
 
 
-def multiply_rows(a_RC: Tensor, b_SC: Tensor, a_steps: Tensor, b_steps: Tensor, out_RS: Tensor) -> None:
+Config = tuple[int, int, int, int, int, int]
+"""Rows, columns and contraction of a piece, pieces of a group, warps and stages of a program."""
+CONFIGS: tuple[Config, ...] = (
+    (128, 256, 128, 8, 8, 3),
+    (128, 256, 128, 16, 8, 3),
+    (256, 128, 128, 8, 8, 3),
+    (128, 256, 64, 8, 8, 4),
+    (128, 128, 128, 8, 4, 3),
+    (128, 128, 128, 8, 8, 4),
+    (128, 128, 256, 8, 8, 2),
+)
+"""The first is used; bench/gemm.py --parts tune compares them. Sums are exact whichever it is."""
+
+
+def multiply_rows(
+    a_RC: Tensor, b_SC: Tensor, a_steps: Tensor, b_steps: Tensor, out_RS: Tensor, config: Config = CONFIGS[0]
+) -> None:
     """out = (a @ b.T) * steps. Steps: float32, one for each row, or one. All sizes are multiples of 16."""
     (rows, contraction), others = a_RC.shape, b_SC.shape[0]
-    br, bs, bc = (128, 256, 128) if others > 128 else (128, 128, 128)
+    br, bs, bc, group, warps, stages = config
     grid = (triton.cdiv(rows, br) * triton.cdiv(others, bs),)
     _rows[grid](
         a_RC, b_SC, out_RS, a_steps, b_steps, rows, others, contraction, int(a_steps.numel() > 1),
-        int(b_steps.numel() > 1), BR=br, BS=bs, BC=bc, GROUP=8, EVEN=contraction % bc == 0, num_warps=8, num_stages=3,
+        int(b_steps.numel() > 1), BR=br, BS=bs, BC=bc, GROUP=group, EVEN=contraction % bc == 0, num_warps=warps,
+        num_stages=stages,
     )  # fmt: skip
 
 
