@@ -24,7 +24,8 @@ from commq.codecs.triton_blocks import inverse_of, lift
 
 NONE, ONE, ROW, STRIP, SQUARE = 0, 1, 2, 3, 4
 """How scales lie: not wanted; one; one a row; one for each 1 x WIDTH; one for each WIDTH x WIDTH."""
-_SCALARS = ["rows", "columns", "seed", "stream", "stream_t", "stride", "stride_t"]
+_SCALARS = ["seed", "stream", "stream_t", "stride", "stride_t"]
+"""Rows and columns are multiples of 16, and a kernel may know that."""
 
 
 @triton.jit
@@ -89,8 +90,6 @@ def _encode_both(
     MODE_T: tl.constexpr, KIND_T: tl.constexpr, MAX_T: tl.constexpr, INVERSE_T: tl.constexpr,
     STOCHASTIC_T: tl.constexpr, WIDTH: tl.constexpr, H: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
-    rows = tl.multiple_of(rows, 16)
-    columns = tl.multiple_of(columns, 16)
     pieces = (columns + W - 1) // W
     first_row = tl.program_id(0) // pieces * H
     first_column = tl.program_id(0) % pieces * W

@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_SCALARS = ["R", "S", "C", "a_row", "a_tile", "b_row", "b_tile"]
+_SCALARS = ["a_row", "a_tile", "b_row", "b_tile"]
+"""R, S and C are multiples of 16, and a kernel may know that."""
 
 
 @triton.jit
@@ -30,9 +31,9 @@ def _store(out, value_RS, r, s, R, S, TURNED: tl.constexpr):
     """Write a piece of the product to out (R, S), or to its transpose."""
     inside = (r < R)[:, None] & (s < S)[None, :]
     if TURNED:
-        places = s.to(tl.int64)[None, :] * tl.multiple_of(R, 16) + r[:, None]
+        places = s.to(tl.int64)[None, :] * R + r[:, None]
     else:
-        places = r.to(tl.int64)[:, None] * tl.multiple_of(S, 16) + s[None, :]
+        places = r.to(tl.int64)[:, None] * S + s[None, :]
     tl.store(out + places, value_RS.to(out.dtype.element_ty), mask=inside)
 
 
@@ -42,7 +43,6 @@ def _rows(
     BR: tl.constexpr, BS: tl.constexpr, BC: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """Steps of rows (a_row = 1) or of the whole operand (a_row = 0). EVEN: C is a multiple of BC."""
-    C = tl.multiple_of(C, 16)
     piece_r, piece_s = _program(R, S, BR, BS, GROUP)
     r = piece_r * BR + tl.arange(0, BR)
     s = piece_s * BS + tl.arange(0, BS)
@@ -76,7 +76,6 @@ def _tiles(
 
     SECOND: where a tile of a, of BR rows, is flagged, its second term is added. TURNED: out is (S, R).
     """
-    C = tl.multiple_of(C, BC)
     piece_r, piece_s = _program(R, S, BR, BS, GROUP)
     r = piece_r * BR + tl.arange(0, BR)
     s = piece_s * BS + tl.arange(0, BS)
