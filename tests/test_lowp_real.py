@@ -139,6 +139,18 @@ def test_int8_products_in_triton(interpreted, text, shape, dtype):
     assert float((found - want).abs().max()) <= rounding * float(want.abs().max())
 
 
+@pytest.mark.parametrize("descriptors", [False, True])
+def test_configurations_of_the_int8_kernel(interpreted, descriptors):
+    """The same bits: sums are whole numbers. 320 x 176 pieces, more than there are programs; the contraction is no
+    multiple of a piece's."""
+    kernels = importlib.import_module("commq.lowp.triton_int8")
+    a, b = (torch.randint(-127, 128, (rows, 80), dtype=torch.int8) for rows in (320, 176))
+    steps, out = (torch.rand(320, 1), torch.rand(176, 1)), torch.empty(320, 176)
+    config = kernels.Config(rows=64, columns=64, contraction=64, descriptors=descriptors)
+    kernels.multiply_rows(a, b, *steps, out, config)
+    assert torch.equal(out, (a.float() @ b.float().T) * steps[0] * steps[1].T)
+
+
 @pytest.mark.parametrize(("recipe", "autocast"), [("fp8", False), ("int8", True)])
 def test_one_graph_holds_all_of_it(recipe, autocast):
     """As they are on a GPU, and emulated."""
