@@ -11,10 +11,10 @@ One line turns it on for a DistributedDataParallel module:
 
 `commq.optim` has optimizers that send a momentum in one bit in place of the gradient. `commq.functional` has
 differentiable exchanges, for activations and their gradients; ColwiseParallel, RowwiseParallel, SequenceParallel and
-Experts are layers that use them.
+Experts are layers that use them. `commq.lowp` computes linear layers in low precision.
 """
 
-from commq import functional, optim
+from commq import functional, lowp, optim
 from commq.attach.check import ReplicaError
 from commq.attach.ddp import HookState, comm_hook, register
 from commq.attach.estimate import estimate_memory
@@ -74,6 +74,7 @@ __all__ = [
     "functional",
     "get_format",
     "handle_of",
+    "lowp",
     "optim",
     "recipe",
     "recipes",
