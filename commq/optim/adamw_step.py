@@ -149,7 +149,8 @@ def round_bfloat16(x_RC: Tensor, grid: Grid, rounding: Rounding) -> Tensor:
 
 
 def _root(r: Tensor, g: Tensor, numbers: Numbers) -> Tensor:
-    return ((r * r) * numbers.beta2 + (g * g) * (1.0 - numbers.beta2)).sqrt()
+    v = (r * r) * numbers.beta2 + (g * g) * (1.0 - numbers.beta2)
+    return v.double().sqrt().float()  # float32 roots on a CPU are not always rounded correctly
 
 
 def _decoded(moments: Moments, formats: tuple[MomentFormat, MomentFormat], grid: Grid) -> tuple[Tensor, Tensor]:
