@@ -32,25 +32,26 @@ def philox(counter: tuple[Tensor, ...], key: tuple[int, int]) -> tuple[Tensor, T
     return c0, c1, c2, c3
 
 
-def random_u16(block_ids_G: Tensor, block: int, *, seed: int, step: int, stream: int) -> Tensor:
+def random_u16(block_ids_G: Tensor, block: int, *, seed: int, step: int | Tensor, stream: int) -> Tensor:
     """16 random bits for each element of G blocks: int64 (G, block), values in [0, 2**16).
 
     block_ids_G: int64, the position of each block in a global numbering that no bucket layout changes.
+    step: a number, or an int64 tensor of one (a compiled graph need not know it).
     Element e = block_id * block + i takes half-word e % 8 (low half first) of counter
     (e // 8 mod 2**32, e // 8 >> 32, step mod 2**32, step >> 32) under key (seed, stream).
     """
     lanes = torch.arange(block // 8, device=block_ids_G.device)
     index = block_ids_G[:, None] * (block // 8) + lanes
-    constant = torch.full_like(index, step)
+    constant = torch.zeros_like(index) + step
     words = philox((index & _MASK, index >> 32, constant & _MASK, constant >> 32), (seed, stream))
     word = torch.stack(words, dim=-1)  # (G, block / 8, 4)
     return torch.stack((word & 0xFFFF, word >> 16), dim=-1).reshape(len(block_ids_G), block)
 
 
-def random_signs(count: int, *, seed: int, step: int, stream: int, device: torch.device) -> Tensor:
+def random_signs(count: int, *, seed: int, step: int | Tensor, stream: int, device: torch.device) -> Tensor:
     """`count` fair signs, float32 +1 or -1: bit i % 128 of counter (i // 128, 0, step, step >> 32)."""
     index = torch.arange(-(-count // 128), device=device)
-    constant = torch.full_like(index, step)
+    constant = torch.zeros_like(index) + step
     words = philox((index, torch.zeros_like(index), constant & _MASK, constant >> 32), (seed, stream))
     word = torch.stack(words, dim=-1)  # (count / 128, 4)
     bits = (word[..., None] >> torch.arange(32, device=device)) & 1

@@ -178,10 +178,9 @@ def encode_rows(x_KC: Tensor, wire_KS: Tensor, layout: Layout, coding: Coding, b
     fmt = layout.format
     if layout.chunk_numel == 0:
         return
-    nearest = coding.rounding == "nearest"
     blocks = blocks or count_blocks(layout, x_KC.device)
     random_GB = None
-    if not nearest:
+    if coding.rounding == "stochastic":
         # Raw formats have no blocks; their counter runs over elements all the same.
         ids_G = blocks.ids_G if fmt.kind != "raw" else torch.arange(-(-x_KC.numel() // 16), device=x_KC.device)
         random_GB = random_u16(ids_G, fmt.block, seed=coding.seed, step=coding.step, stream=coding.stream)
@@ -189,22 +188,32 @@ def encode_rows(x_KC: Tensor, wire_KS: Tensor, layout: Layout, coding: Coding, b
         raw = _encode_raw(x_KC, fmt, None if random_GB is None else random_GB.view(-1)[: x_KC.numel()])
         layout.codes(wire_KS).copy_(raw)
         return
-    h_GB = x_KC.reshape(-1, fmt.block)
+    codes_GB, scales_GS, groups_Q4 = encode_blocks(x_KC.reshape(-1, fmt.block), fmt, random_GB, valid_G=blocks.valid_G)
+    _write_rows(wire_KS, layout, codes_GB, scales_GS, groups_Q4 if fmt.group else None)
+
+
+def encode_blocks(
+    h_GB: Tensor, fmt: Format, random_GB: Tensor | None, *, valid_G: Tensor, per_group: int | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes (G, B, int32), scale bytes (G, n) and group bytes (Q, 4) of blocks of float32, of any B.
+
+    random_GB: 16 random bits for stochastic rounding; None: nearest. valid_G, int32: elements of each block that are
+    not padding. per_group: blocks that share a group's scale (nvfp4), by default as the format says.
+    """
+    nearest = random_GB is None
     if fmt.kind == "means":
-        codes_GB, scales_GS, _ = scales.encode_means(h_GB, blocks.valid_G)
-        _write_rows(wire_KS, layout, codes_GB, scales_GS, None)
-        return
+        codes_GB, scales_GS, _ = scales.encode_means(h_GB, valid_G)
+        return codes_GB, scales_GS, scales_GS.new_empty((0, 4))
     if fmt.fit != "largest":
         y_GB, t_GB, energy_G, marked_G = scales.normalise(h_GB, fmt)
         codes_GB = rounding.level_codes(t_GB, fmt, None)
         level_GB = rounding.code_values(codes_GB, fmt)
         scales_GS = scales.fitted_scales(h_GB, y_GB, energy_G, marked_G, level_GB, fmt)
-        _write_rows(wire_KS, layout, codes_GB, scales_GS, None)
-        return
+        return codes_GB, scales_GS, scales_GS.new_empty((0, 4))
     scales_GS, groups_Q4, marked_G = scales.encode_scales(
-        h_GB, blocks.valid_G, fmt, mean=fmt.kind == "sign" and nearest
+        h_GB, valid_G, fmt, mean=fmt.kind == "sign" and nearest, per_group=per_group
     )
-    s_G = scales.decode_scales(scales_GS, groups_Q4, fmt)
+    s_G = scales.decode_scales(scales_GS, groups_Q4, fmt, per_group=per_group)
     t_GB = _scaled(h_GB, s_G, marked_G, fmt)
     if fmt.kind == "integer":
         codes_GB = rounding.integer_codes(t_GB, fmt, random_GB)
@@ -215,7 +224,7 @@ def encode_rows(x_KC: Tensor, wire_KS: Tensor, layout: Layout, coding: Coding, b
     else:
         top = rounding.top_code(fmt)
         codes_GB = rounding.float_codes(t_GB, fmt.exponent, fmt.mantissa, top, random_GB)
-    _write_rows(wire_KS, layout, codes_GB, scales_GS, groups_Q4 if fmt.group else None)
+    return codes_GB, scales_GS, groups_Q4
 
 
 def _write_rows(wire_KS: Tensor, layout: Layout, codes_GB: Tensor, scales_GS: Tensor, groups_Q4: Tensor | None) -> None:
@@ -241,11 +250,18 @@ def decode_rows(wire_KS: Tensor, layout: Layout) -> Tensor:
     groups_Q4 = layout.groups(wire_KS).reshape(-1, 4) if fmt.group else wire_KS.new_empty((0, 4))
     if fmt.kind == "means":
         return scales.decode_means(unpack(codes_KP, 1).view(-1, fmt.block), scales_GS).view(rows, -1)
-    s_G = scales.decode_scales(scales_GS, groups_Q4, fmt)
-    values_GB = rounding.code_values(unpack(codes_KP, fmt.bits), fmt).view(-1, fmt.block)
+    return decode_blocks(unpack(codes_KP, fmt.bits).reshape(-1, fmt.block), scales_GS, groups_Q4, fmt).view(rows, -1)
+
+
+def decode_blocks(
+    codes_GB: Tensor, scales_GS: Tensor, groups_Q4: Tensor, fmt: Format, *, per_group: int | None = None
+) -> Tensor:
+    """float32 (G, B) of unpacked uint8 codes and of what `encode_blocks` gave with them; not for means."""
+    s_G = scales.decode_scales(scales_GS, groups_Q4, fmt, per_group=per_group)
+    values_GB = rounding.code_values(codes_GB, fmt)
     if fmt.scale != "e8m0":
         values_GB = values_GB * (1.0 / fmt.max_code)
-    return (values_GB * s_G[:, None]).view(rows, -1)
+    return values_GB * s_G[:, None]
 
 
 def _scaled(h_GB: Tensor, s_G: Tensor, marked_G: Tensor, fmt: Format) -> Tensor:

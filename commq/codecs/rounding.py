@@ -73,7 +73,9 @@ def float_codes(t: Tensor, exponent: int, mantissa: int, top: int, random: Tenso
 
 def top_code(fmt: Format) -> int:
     """Bit pattern of max_code in a float format: 0x7E for e4m3, 0x7B for e5m2, 7 for e2m1."""
-    return int(float_codes(torch.tensor([fmt.max_code]), fmt.exponent, fmt.mantissa, 1 << fmt.bits, None).item())
+    exponent = int(fmt.max_code).bit_length() - 1
+    lowest = 2 - 2 ** (fmt.exponent - 1)
+    return ((exponent - lowest) << fmt.mantissa) + int(fmt.max_code / 2**exponent * 2**fmt.mantissa)
 
 
 def code_values(codes: Tensor, fmt: Format) -> Tensor:

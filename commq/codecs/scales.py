@@ -99,9 +99,9 @@ def _e8m0_up(bits: Tensor, max_code: float) -> Tensor:
 
     Capped so that max_code * 2**e is finite: magnitudes above that (1.75 * 2**127 for e4m3) saturate.
     """
-    top = int(magnitude_bits(torch.tensor([max_code])).item())
-    exponent = (top >> 23) - 127
-    return ((bits + (0x7FFFFF - (top & 0x7FFFFF))) >> 23).sub(exponent).clamp(0, 254 - exponent)
+    exponent = int(max_code).bit_length() - 1
+    mantissa = int((max_code / 2**exponent - 1) * 2**23)
+    return ((bits + (0x7FFFFF - mantissa)) >> 23).sub(exponent).clamp(0, 254 - exponent)
 
 
 def _e4m3_up(y: Tensor) -> Tensor:
@@ -115,10 +115,12 @@ def _bytes(values: Tensor, dtype: torch.dtype) -> Tensor:
     return values.to(dtype).unsqueeze(-1).view(torch.uint8)
 
 
-def encode_scales(h_GB: Tensor, valid_G: Tensor, fmt: Format, *, mean: bool) -> tuple[Tensor, Tensor, Tensor]:
+def encode_scales(
+    h_GB: Tensor, valid_G: Tensor, fmt: Format, *, mean: bool, per_group: int | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Scale bytes (G, S) and group bytes (Q, 4) of blocks of float32, and the marks (G,) of those not finite.
 
-    mean: take mean |h| instead of the largest |h| (sign with nearest rounding).
+    mean: take mean |h| instead of the largest |h| (sign with nearest rounding). per_group: blocks of a group.
     A block with a NaN or an infinity gets a NaN scale, and its group's scale ignores it.
     """
     bits_G = magnitude_bits(h_GB).amax(dim=-1)
@@ -129,7 +131,7 @@ def encode_scales(h_GB: Tensor, valid_G: Tensor, fmt: Format, *, mean: bool) -> 
     if fmt.scale == "e8m0":
         scales = _bytes(_e8m0_up(bits_G, fmt.max_code).masked_fill(marked_G, 0xFF), torch.uint8)
     elif fmt.scale == "e4m3":
-        per_group = fmt.group // fmt.block
+        per_group = per_group or fmt.group // fmt.block
         top_Q = amax_G.unflatten(0, (-1, per_group)).amax(dim=-1)
         up_Q = lift(top_Q)
         inverse_Q = torch.where(top_Q > 0, quotient(448.0, top_Q * up_Q), 0.0)
@@ -193,7 +195,7 @@ def aligned(x: Tensor) -> Tensor:
     return x.clone(memory_format=torch.contiguous_format)
 
 
-def decode_scales(scales_GS: Tensor, groups_Q4: Tensor, fmt: Format) -> Tensor:
+def decode_scales(scales_GS: Tensor, groups_Q4: Tensor, fmt: Format, *, per_group: int | None = None) -> Tensor:
     """The float32 magnitude (G,) that scale bytes stand for: NaN for a marked block, 2**e for e8m0."""
     if fmt.scale == "fp32":
         return aligned(scales_GS).view(torch.float32).squeeze(-1)
@@ -203,6 +205,6 @@ def decode_scales(scales_GS: Tensor, groups_Q4: Tensor, fmt: Format) -> Tensor:
         e_G = scales_GS.squeeze(-1).to(torch.int32)
         bits_G = torch.where(e_G == 0, 0x00400000, e_G << 23)
         return as_float(torch.where(e_G == 0xFF, 0x7FC00000, bits_G))
-    top_G = aligned(groups_Q4).view(torch.float32).squeeze(-1).repeat_interleave(fmt.group // fmt.block)
+    top_G = aligned(groups_Q4).view(torch.float32).squeeze(-1).repeat_interleave(per_group or fmt.group // fmt.block)
     relative_G = aligned(scales_GS).view(torch.float8_e4m3fn).squeeze(-1).to(torch.float32)
     return (relative_G * (1.0 / 448.0)) * top_G
