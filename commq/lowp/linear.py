@@ -67,7 +67,9 @@ class Linear(nn.Linear):
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         with torch.autocast(x.device.type, enabled=False):
-            y = _Product.apply(x.reshape(-1, self.in_features), self.weight, self.clock.step, self.precision, self.randomness)
+            y = _Product.apply(
+                x.reshape(-1, self.in_features), self.weight, self.clock.step, self.precision, self.randomness
+            )
             y = y.view(*x.shape[:-1], self.out_features)
             return y if self.bias is None else y + self.bias.to(y.dtype)
 
