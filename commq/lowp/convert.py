@@ -10,9 +10,10 @@ import torch.distributed as dist
 from torch import nn
 
 from commq.lowp.gemm import GEMMS, Precision
-from commq.lowp.linear import Clock, Linear, Randomness
+from commq.lowp.linear import Clock, Linear
 from commq.lowp.policy import Policy
 from commq.lowp.policy import policy as read_policy
+from commq.lowp.statistics import Statistic, new_probe, read
 
 
 @dataclass(frozen=True)
@@ -23,9 +24,10 @@ class Row:
     shape: tuple[int, int]
     """Outputs, inputs."""
     precision: Precision
-    kinds: tuple[str, str, str]
-    """Of each GEMM: real, emulated, or empty where it is as it was."""
+    real: tuple[bool, bool, bool]
+    """Which GEMMs are the chip's own; the others are emulated, or as they were."""
     reason: str
+    """Why not what the policy's default says; empty if it is that."""
 
 
 class Conversion:
@@ -37,7 +39,7 @@ class Conversion:
         self.blocks = blocks
         """Prefixes of the transformer blocks."""
         self._clock = clock
-        self.rows: tuple[Row, ...] = ()
+        self._reasons: dict[str, str] = {}
         self.policy = policy
         self.set_policy(policy)
 
@@ -46,27 +48,43 @@ class Conversion:
 
         All ranks must do so at the same step. A compiled model is compiled again for precisions it has not seen.
         """
-        policy = read_policy(policy)
+        self.policy = read_policy(policy)
+        for name, (precision, reason) in self.policy.choose(list(self.modules), self.blocks).items():
+            self.modules[name].set_precision(precision, self.policy.min_features)
+            self._reasons[name] = reason
+
+    @property
+    def rows(self) -> tuple[Row, ...]:
+        """What is done in each layer, on the device where it is now."""
         rows = []
-        for name, (precision, reason) in policy.choose(list(self.modules), self.blocks).items():
-            module = self.modules[name]
-            if not precision.is_plain and min(module.weight.shape) < (policy.min_features or 0):
-                precision, reason = Precision(), f"kept: under {policy.min_features} features"
-            kinds = tuple("" if gemm is None else "emulated" for gemm in precision.gemms)
+        for name, module in self.modules.items():
             shape = (module.out_features, module.in_features)
-            rows.append(Row(name, shape, precision, kinds, reason))  # type: ignore[arg-type]
-        for row in rows:
-            self.modules[row.name].precision = row.precision
-        self.policy, self.rows = policy, tuple(rows)
+            if module.plan is None and not module.precision.is_plain:
+                rows.append(Row(name, shape, Precision(), (False,) * 3, "kept: too small to gain"))
+                continue
+            real = (False, False, False) if module.plan is None else module.plan.real
+            rows.append(Row(name, shape, module.precision, real, self._reasons[name]))
+        return tuple(rows)
 
     def step(self, number: int) -> None:
         """Say which pass follows: the counter of its random bits, with the seed, the layer, the rank and the element.
 
         Call it before each forward pass with a number that none had before, such as step * micro_batches + micro_batch;
-        a run that resumes with the same numbers draws the same bits.
+        a run that resumes with the same numbers draws the same bits. Without it, all passes draw the same.
         """
-        device = next(iter(self.modules.values())).weight.device
-        self._clock.set(number, device)
+        self._clock.step.fill_(number)
+
+    def watch(self, on: bool = True) -> None:
+        """Collect statistics of all operands from the next pass on, or stop. It costs one emulated quantization of each
+        operand more, and a compiled model is compiled once more.
+        """
+        for module in self.modules.values():
+            module.probe = new_probe(module.weight.device) if on and module.plan is not None else None
+
+    def statistics(self) -> list[Statistic]:
+        """What was collected since the last call, of each operand; waits for the device."""
+        probes = {name: module.probe for name, module in self.modules.items()}
+        return [each for name, probe in probes.items() if probe is not None for each in read(name, probe)]
 
     def table(self) -> str:
         """Layer, shape, format of each GEMM and whether it is real or emulated, as text in columns."""
@@ -99,13 +117,13 @@ def convert(model: nn.Module, policy: str | Mapping[str, Any] | Policy, *, seed:
         raise ValueError(f"seed={seed}: expected 0 <= seed < 2**32")
     blocks = block_names(model)
     policy.choose(list(modules), blocks)  # raises before anything is changed
-    clock = Clock(next(iter(modules.values())).weight.device)
+    clock = Clock()
     rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
     layers: dict[str, Linear] = {}
     for name, module in modules.items():
         module.__class__ = Linear
         assert isinstance(module, Linear)
-        module.clock, module.randomness = clock, Randomness.of(name, seed, rank)
+        module.clock, module.name, module.seed, module.rank, module.probe = clock, name, seed, rank, None
         layers[name] = module
     return Conversion(layers, blocks, policy, clock)
 
@@ -128,7 +146,7 @@ def block_names(model: nn.Module) -> tuple[str, ...]:
 
 def _cells(row: Row) -> tuple[str, ...]:
     gemms = (
-        "as it is" if gemm is None else f"{gemm} ({kind})"
-        for gemm, kind in zip(row.precision.gemms, row.kinds, strict=True)
+        "as it is" if gemm is None else f"{gemm} ({'real' if real else 'emulated'})"
+        for gemm, real in zip(row.precision.gemms, row.real, strict=True)
     )
     return (row.name, f"{row.shape[0]}x{row.shape[1]}", *gemms, row.reason)

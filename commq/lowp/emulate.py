@@ -21,7 +21,7 @@ def emulated(a_RC: Tensor, b_SC: Tensor, gemm: Gemm, counters: tuple[Counter, Co
     The product is exact in its operands but for float32 sums. counters: of both operands and of the signs.
     """
     if gemm.rotation is not None:
-        a_RC, b_SC = (_rotated(each, gemm.rotation, counters[SIGNS]) for each in (a_RC, b_SC))
+        a_RC, b_SC = (rotated(each, gemm.rotation, counters[SIGNS]) for each in (a_RC, b_SC))
     a_RC, b_SC = quantized(a_RC, gemm.first, counters[FIRST]), quantized(b_SC, gemm.second, counters[SECOND])
     if a_RC.dtype != b_SC.dtype:
         a_RC, b_SC = a_RC.to(torch.float32), b_SC.to(torch.float32)
@@ -29,7 +29,7 @@ def emulated(a_RC: Tensor, b_SC: Tensor, gemm: Gemm, counters: tuple[Counter, Co
     return product if gemm.rotation is None else product * _gain(gemm.rotation)
 
 
-def _rotated(x_RC: Tensor, rotation: Rotation, counter: Counter) -> Tensor:
+def rotated(x_RC: Tensor, rotation: Rotation, counter: Counter) -> Tensor:
     """Runs along the contraction rotated; padded with zeros to whole runs."""
     x_RC = F.pad(x_RC.to(torch.float32), (0, -x_RC.shape[1] % rotation.size)).contiguous()
     signs = None

@@ -37,15 +37,15 @@ def quantized(x_RC: Tensor, operand: Operand, counter: Counter) -> Tensor:
     """
     if operand.is_raw:
         return x_RC.to(_DTYPES[operand.format.name])
-    h_GB, shape = _tiles(x_RC.to(torch.float32), operand.tile)
-    random_GB = _random(h_GB, counter) if operand.rounding == "stochastic" else None
+    h_GB, shape = tiles(x_RC.to(torch.float32), operand.tile)
+    random_GB = random_bits(h_GB, counter) if operand.rounding == "stochastic" else None
     if operand.second == "none":
-        return _untiled(_coded(h_GB, operand, random_GB), shape)
+        return untiled(_coded(h_GB, operand, random_GB), shape)
     first_GB = _coded(h_GB, operand, None)
     second_GB = _coded(h_GB - first_GB, operand, random_GB)
     if operand.second == "outliers":
         second_GB = torch.where(outliers(h_GB)[:, None], second_GB, 0.0)
-    return _untiled(first_GB + second_GB, shape)
+    return untiled(first_GB + second_GB, shape)
 
 
 def outliers(h_GB: Tensor) -> Tensor:
@@ -71,14 +71,14 @@ def _coded(h_GB: Tensor, operand: Operand, random_GB: Tensor | None) -> Tensor:
     return decode_blocks(codes_GB, scales_GS, groups_Q4, fmt, per_group=per_group)
 
 
-def _random(h_GB: Tensor, counter: Counter) -> Tensor:
+def random_bits(h_GB: Tensor, counter: Counter) -> Tensor:
     runs = torch.arange(-(-h_GB.numel() // 16), device=h_GB.device)
     bits = random_u16(runs, 16, seed=counter.seed, step=counter.step, stream=counter.stream)
     return bits.reshape(-1)[: h_GB.numel()].view(h_GB.shape)
 
 
-def _tiles(x_RC: Tensor, tile: tuple[int, int]) -> tuple[Tensor, tuple[int, int, int, int]]:
-    """Tiles (G, B) of float32, padded with zeros, and what `_untiled` needs to know: R, C and the tile."""
+def tiles(x_RC: Tensor, tile: tuple[int, int]) -> tuple[Tensor, tuple[int, int, int, int]]:
+    """Tiles (G, B) of float32, padded with zeros, and what `untiled` needs to know: R, C and the tile."""
     height, width = x_RC.shape
     rows, columns = tile[0] or max(height, 1), tile[1] or max(width, 1)
     padded = F.pad(x_RC, (0, -width % columns, 0, -height % rows))
@@ -86,7 +86,7 @@ def _tiles(x_RC: Tensor, tile: tuple[int, int]) -> tuple[Tensor, tuple[int, int,
     return tiles.reshape(-1, rows * columns), (height, width, rows, columns)
 
 
-def _untiled(h_GB: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
+def untiled(h_GB: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
     height, width, rows, columns = shape
     tiles = h_GB.view(-(-height // rows), -(-width // columns), rows, columns)
     return tiles.transpose(1, 2).flatten(2).flatten(0, 1)[:height, :width]

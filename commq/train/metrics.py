@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from commq.lowp.monitor import Reading
+from commq.lowp.statistics import Statistic
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -45,7 +45,7 @@ class Metrics:
 
     def __init__(self, out: Path, step: int, *, tensorboard: bool) -> None:
         self._stream = _open(out / "metrics.jsonl", step)
-        self._readings = _open(out / "readings.jsonl", step)
+        self._statistics = _open(out / "statistics.jsonl", step)
         self._events = _open(out / "events.jsonl", step)
         self._board = _open_board(out / "tensorboard", step) if tensorboard else None
 
@@ -57,15 +57,16 @@ class Metrics:
                 if name != "step" and value is not None:
                     self._board.add_scalar(name, value, row.step)
 
-    def write_readings(self, step: int, readings: Sequence[Reading]) -> None:
-        """What quantization did to each layer's operands in a step: a line of readings.jsonl, and scalars."""
-        self._readings.write(json.dumps({"step": step, "readings": [dataclasses.asdict(r) for r in readings]}) + "\n")
+    def write_statistics(self, step: int, statistics: Sequence[Statistic]) -> None:
+        """What quantization did to each layer's operands in a step: a line of statistics.jsonl, and scalars."""
+        rows = [dataclasses.asdict(each) for each in statistics]
+        self._statistics.write(json.dumps({"step": step, "statistics": rows}) + "\n")
         if self._board is not None:
-            for reading in readings:
+            for each in statistics:
                 for name in ("sqnr", "underflow", "overflow"):
-                    value = getattr(reading, name)
+                    value = getattr(each, name)
                     if math.isfinite(value):
-                        self._board.add_scalar(f"{name}/{reading.operand}/{reading.layer}", value, step)
+                        self._board.add_scalar(f"{name}/{each.gemm}/{each.operand}/{each.layer}", value, step)
 
     def write_event(self, step: int, event: str) -> None:
         """What the guard did: a line of events.jsonl."""
@@ -74,7 +75,7 @@ class Metrics:
             self._board.add_text("events", event, step)
 
     def close(self) -> None:
-        for stream in (self._stream, self._readings, self._events):
+        for stream in (self._stream, self._statistics, self._events):
             stream.close()
         if self._board is not None:
             self._board.close()
@@ -85,10 +86,10 @@ def read_rows(out: Path) -> list[Row]:
     return [Row(**json.loads(line)) for line in _complete_lines(out / "metrics.jsonl")]
 
 
-def read_readings(out: Path) -> list[tuple[int, list[Reading]]]:
+def read_statistics(out: Path) -> list[tuple[int, list[Statistic]]]:
     """Steps and what was measured in them."""
-    found = [json.loads(line) for line in _complete_lines(out / "readings.jsonl")]
-    return [(each["step"], [Reading(**reading) for reading in each["readings"]]) for each in found]
+    found = [json.loads(line) for line in _complete_lines(out / "statistics.jsonl")]
+    return [(each["step"], [Statistic(**row) for row in each["statistics"]]) for each in found]
 
 
 def read_events(out: Path) -> list[str]:

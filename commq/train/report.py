@@ -14,16 +14,17 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from commq.lowp.monitor import Reading
+from commq.lowp.statistics import Statistic
 from commq.train.display import format_bytes
-from commq.train.metrics import Row, read_events, read_readings, read_rows
+from commq.train.metrics import Row, read_events, read_rows, read_statistics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
     from commq.train.run import Run
 
-OPERANDS = ("input", "weight", "gradient")
+DRAWN = (("forward", "input"), ("forward", "weight"), ("input_gradient", "gradient"))
+"""GEMM and operand of the curves in the picture."""
 
 
 def check_matplotlib() -> None:
@@ -35,14 +36,14 @@ def check_matplotlib() -> None:
 def write_report(run: Run) -> Path:
     """Write both files from what the run has logged; returns the path of the text. On rank 0."""
     out = run.config.output.out
-    rows, readings = read_rows(out), read_readings(out)
-    _draw(rows, readings, run.trainer.tokens_per_step, out / "report.png")
+    rows, statistics = read_rows(out), read_statistics(out)
+    _draw(rows, statistics, run.trainer.tokens_per_step, out / "report.png")
     path = out / "report.md"
-    path.write_text(report_text(run, rows, readings))
+    path.write_text(report_text(run, rows, statistics))
     return path
 
 
-def report_text(run: Run, rows: Sequence[Row], readings: Sequence[tuple[int, list[Reading]]]) -> str:
+def report_text(run: Run, rows: Sequence[Row], statistics: Sequence[tuple[int, list[Statistic]]]) -> str:
     """Markdown: configuration, loss, speed, memory, bytes, precision of each layer, and what the guard did."""
     config, trainer, last = run.config, run.trainer, rows[-1]
     sent, plain = last.sent_bytes / last.step, last.raw_bytes / last.step
@@ -62,8 +63,8 @@ def report_text(run: Run, rows: Sequence[Row], readings: Sequence[tuple[int, lis
     ]
     lines = ["# Training run", "", "| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in facts)]
     lines += ["", "![loss, speed, bytes and SQNR](report.png)", ""]
-    if readings:
-        lines += _layers(*readings[-1])
+    if statistics:
+        lines += _layers(*statistics[-1])
     if events := read_events(config.output.out):
         lines += ["## What the guard did", "", *(f"- {event}" for event in events), ""]
     lines += ["## Configuration", "", "```toml", (config.output.out / "config.toml").read_text().rstrip(), "```", ""]
@@ -103,23 +104,25 @@ def _speed(rows: Sequence[Row], tokens_per_step: int) -> float:
     return rows[-1].step * tokens_per_step / max(rows[-1].seconds, 1e-3)
 
 
-def _layers(step: int, readings: Sequence[Reading]) -> list[str]:
+def _layers(step: int, statistics: Sequence[Statistic]) -> list[str]:
     """A table of what quantization did in a step."""
     lines = [
         f"## Layers in step {step}",
         "",
-        "SQNR in dB, underflow and overflow in percent of the numbers, by operand.",
+        "SQNR in dB, underflow and overflow in percent of the numbers, by GEMM and operand.",
         "",
-        "| layer | operand | format | SQNR | underflow | overflow |",
+        "| layer | GEMM | operand | SQNR | underflow | overflow |",
         "|---|---|---|---|---|---|",
     ]
-    for r in readings:
+    for r in statistics:
         shares = f"{100 * r.underflow:.2f} | {100 * r.overflow:.2f}"
-        lines.append(f"| {r.layer} | {r.operand} | {r.format} | {r.sqnr:.1f} | {shares} |")
+        lines.append(f"| {r.layer} | {r.gemm} | {r.operand} | {r.sqnr:.1f} | {shares} |")
     return [*lines, ""]
 
 
-def _draw(rows: Sequence[Row], readings: Sequence[tuple[int, list[Reading]]], tokens_per_step: int, path: Path) -> None:
+def _draw(
+    rows: Sequence[Row], statistics: Sequence[tuple[int, list[Statistic]]], tokens_per_step: int, path: Path
+) -> None:
     import matplotlib  # takes a second
 
     matplotlib.use("Agg")
@@ -150,18 +153,18 @@ def _draw(rows: Sequence[Row], readings: Sequence[tuple[int, list[Reading]]], to
         sent.set(title="Bytes sent by rank 0", xlabel="steps")
         sent.yaxis.set_major_formatter(lambda count, _: format_bytes(count))
         sent.legend()
-        _draw_sqnr(sqnr, readings)
+        _draw_sqnr(sqnr, statistics)
         figure.savefig(path, dpi=150)
         plt.close(figure)
 
 
-def _draw_sqnr(axes: Axes, readings: Sequence[tuple[int, list[Reading]]]) -> None:
+def _draw_sqnr(axes: Axes, statistics: Sequence[tuple[int, list[Statistic]]]) -> None:
     """The last SQNR of each layer and operand; without any, an empty panel that says why."""
     axes.set(title="SQNR by layer, last measured", xlabel="layers in the order in which they run", ylabel="dB")
-    if not readings:
+    if not statistics:
         axes.text(0.5, 0.5, "not measured: --monitor-every 0", ha="center", transform=axes.transAxes)
         return
-    for operand, color in zip(OPERANDS, ("#0072B2", "#E69F00", "#D55E00"), strict=True):
-        values = [r.sqnr for r in readings[-1][1] if r.operand == operand]
+    for (gemm, operand), color in zip(DRAWN, ("#0072B2", "#E69F00", "#D55E00"), strict=True):
+        values = [r.sqnr for r in statistics[-1][1] if (r.gemm, r.operand) == (gemm, operand)]
         axes.plot(range(len(values)), values, "o-", color=color, markersize=3, label=operand)
     axes.legend()

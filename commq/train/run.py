@@ -131,9 +131,9 @@ class Run:
             for sink in metrics:
                 sink.write_event(trainer.step, event)
         trainer.guard.events.clear()
-        if trainer.readings:
+        if trainer.statistics:
             for sink in metrics:
-                sink.write_readings(trainer.step, trainer.readings)
+                sink.write_statistics(trainer.step, trainer.statistics)
 
     def _measure(self, loss: Tensor, norm: Tensor, start: float, *, validates: bool) -> Row:
         """The step that was just done, as a row; all ranks call it."""

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 import commq
 from commq.lowp.control import Control
-from commq.lowp.monitor import Monitor, Reading
+from commq.lowp.statistics import Statistic
 from commq.optim.exchange import MomentumExchange
 from commq.optim.optimizer import CommOptimizer
 from commq.train.config import Config
@@ -47,8 +47,8 @@ class Trainer:
         self._autocast = torch.autocast("cuda", torch.bfloat16, enabled=ranks.device.type == "cuda")
         self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=config.guard.loss_scale == "dynamic")
         self.guard = Guard(config.guard, self)
-        self.readings: list[Reading] = []
-        """What the monitor found in this step, on rank 0, if it was watched."""
+        self.statistics: list[Statistic] = []
+        """What quantization did in this step, on rank 0, if it was watched."""
 
     def _attach(self, model: torch.nn.Module, recipe: commq.Recipe) -> tuple[Any, Any, Optimizer]:
         """The model whose gradients travel by `recipe`, its handle and its optimizer."""
@@ -121,14 +121,15 @@ class Trainer:
     def _watching(self) -> Iterator[None]:
         """Measure what quantization does in this step, if it is time and on rank 0."""
         every = self.config.lowp.monitor_every
-        self.readings = []
+        self.statistics = []
         if self.control is None or not every or self.step % every or self.ranks.rank:
             yield
             return
-        monitor = Monitor(self.control.conversion)
-        with monitor.watching():
-            yield
-        self.readings = monitor.readings()
+        conversion = self.control.conversion
+        conversion.watch()
+        yield
+        self.statistics = conversion.statistics()
+        conversion.watch(False)
 
     @torch.no_grad()
     def validate(self) -> float:

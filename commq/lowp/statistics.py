@@ -1,0 +1,76 @@
+"""What quantization does to the operands of a layer: shares that overflow and underflow, signal to noise.
+
+A watched layer multiplies nothing differently: it quantizes each operand once more, in emulation, and gives four sums
+an operand to its probe as if they were its gradient. So they arrive in compiled graphs too, add up over micro-batches,
+and cost nothing while no probe is there.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from commq.lowp.emulate import SIGNS, rotated
+from commq.lowp.gemm import GEMMS, Gemm
+from commq.lowp.quantize import Counter, quantized
+
+OPERANDS = (("input", "weight"), ("gradient", "weight"), ("gradient", "input"))
+"""First and second operand of each GEMM."""
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """Of one operand of one GEMM of a layer, over the passes that were watched."""
+
+    layer: str
+    gemm: str
+    operand: str
+    overflow: float
+    """Share of the elements that are not finite when decoded."""
+    underflow: float
+    """Share of the elements that are not 0 and become 0."""
+    sqnr: float
+    """10 log10 of the sum of squares over that of the errors, in dB; infinite if nothing was lost."""
+
+
+def new_probe(device: torch.device) -> Tensor:
+    """(6, 5) float32 whose gradient collects the sums of `measure`."""
+    return torch.zeros(2 * len(GEMMS), 5, device=device, requires_grad=True)
+
+
+def measure(
+    a_RC: Tensor, b_SC: Tensor, gemm: Gemm | None, counters: tuple[Counter, Counter, Counter], wanted: bool = True
+) -> Tensor:
+    """(2, 5) float32 of both operands: elements, overflows, underflows, sum of squares, sum of squared errors."""
+    if gemm is None or not wanted:
+        return a_RC.new_zeros((2, 5), dtype=torch.float32)
+    found = []
+    for i, (x, operand) in enumerate(((a_RC, gemm.first), (b_SC, gemm.second))):
+        h = x.to(torch.float32) if gemm.rotation is None else rotated(x, gemm.rotation, counters[SIGNS])
+        q = quantized(h, operand, counters[i]).to(torch.float32)
+        fine = q.isfinite() & h.isfinite()
+        error = torch.where(fine, q - h, 0.0)
+        sums = (
+            (~fine).sum(),
+            ((h != 0) & (q == 0)).sum(),
+            torch.where(fine, h, 0.0).square().sum(),
+            error.square().sum(),
+        )
+        found.append(torch.stack([torch.full_like(sums[3], h.numel()), *(each.to(torch.float32) for each in sums)]))
+    return torch.stack(found)
+
+
+def read(layer: str, probe: Tensor) -> list[Statistic]:
+    """Statistics of what a probe has collected; empties it."""
+    sums = [] if probe.grad is None else probe.grad.tolist()
+    probe.grad = None
+    found = []
+    for i, (elements, overflow, underflow, signal, noise) in enumerate(sums):
+        if elements:
+            sqnr = 10 * math.log10(signal / noise) if signal and noise else math.inf
+            names = GEMMS[i // 2], OPERANDS[i // 2][i % 2]
+            found.append(Statistic(layer, *names, overflow / elements, underflow / elements, sqnr))
+    return found

@@ -1,0 +1,139 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs
+"""INT8 GEMMs in Triton: a_RC @ b_SC.T with steps of rows or of tiles, and a second term of tiles with outliers.
+
+Both operands lie along the contraction, as Hopper's INT8 tensor cores need them. Sums of products are int32 within a
+tile of the contraction, float32 beyond it.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_SCALARS = ["R", "S", "C", "a_row", "a_tile", "b_row", "b_tile", "out_row", "out_column"]
+
+
+@triton.jit
+def _program(R, S, BR: tl.constexpr, BS: tl.constexpr, GROUP: tl.constexpr):
+    """Which piece of the output a program computes: neighbours share operands in the cache."""
+    number = tl.program_id(0)
+    across = tl.cdiv(S, BS)
+    down = tl.cdiv(R, BR)
+    group = number // (GROUP * across)
+    first = group * GROUP
+    height = tl.minimum(down - first, GROUP)
+    within = number % (GROUP * across)
+    return first + within % height, within // height
+
+
+@triton.jit(do_not_specialize=_SCALARS)
+def _rows(
+    a, b, out, a_steps, b_steps, R, S, C, a_row, a_tile, b_row, b_tile, out_row, out_column,
+    BR: tl.constexpr, BS: tl.constexpr, BC: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """Steps of rows (a_row = 1) or of the whole operand (a_row = 0)."""
+    if EVEN:
+        C = tl.multiple_of(C, 16)
+    piece_r, piece_s = _program(R, S, BR, BS, GROUP)
+    r = piece_r * BR + tl.arange(0, BR)
+    s = piece_s * BS + tl.arange(0, BS)
+    c = tl.arange(0, BC)
+    # rows beyond the end read row 0: what they give is not stored
+    a_pointers = a + (tl.where(r < R, r, 0).to(tl.int64)[:, None] * C + c[None, :])
+    b_pointers = b + (tl.where(s < S, s, 0).to(tl.int64)[None, :] * C + c[:, None])
+    total = tl.zeros([BR, BS], tl.int32)
+    for start in range(0, C, BC):
+        if EVEN:
+            a_RC = tl.load(a_pointers)
+            b_CS = tl.load(b_pointers)
+        else:
+            a_RC = tl.load(a_pointers, mask=(start + c < C)[None, :], other=0)
+            b_CS = tl.load(b_pointers, mask=(start + c < C)[:, None], other=0)
+        total = tl.dot(a_RC, b_CS, total, out_dtype=tl.int32)
+        a_pointers += BC
+        b_pointers += BC
+    a_R = tl.load(a_steps + tl.where(r < R, r, 0) * a_row)
+    b_S = tl.load(b_steps + tl.where(s < S, s, 0) * b_row)
+    value = total.to(tl.float32) * a_R[:, None] * b_S[None, :]
+    inside = (r < R)[:, None] & (s < S)[None, :]
+    places = r.to(tl.int64)[:, None] * out_row + s.to(tl.int64)[None, :] * out_column
+    tl.store(out + places, value.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=_SCALARS)
+def _tiles(
+    a, b, out, a_steps, b_steps, second, second_steps, flags, R, S, C, a_row, a_tile, b_row, b_tile,
+    out_row, out_column,
+    BR: tl.constexpr, BS: tl.constexpr, BC: tl.constexpr, GROUP: tl.constexpr,
+    A_ROWS: tl.constexpr, B_ROWS: tl.constexpr, SECOND: tl.constexpr,
+):  # fmt: skip
+    """Steps of tiles of A_ROWS (B_ROWS) rows and BC columns, C a multiple of BC; a_row, a_tile: their strides.
+
+    SECOND: where a tile of a, of BR rows, is flagged, its second term is added.
+    """
+    C = tl.multiple_of(C, BC)
+    piece_r, piece_s = _program(R, S, BR, BS, GROUP)
+    r = piece_r * BR + tl.arange(0, BR)
+    s = piece_s * BS + tl.arange(0, BS)
+    c = tl.arange(0, BC)
+    r_in = tl.where(r < R, r, 0)
+    s_in = tl.where(s < S, s, 0)
+    a_offsets = r_in.to(tl.int64)[:, None] * C + c[None, :]
+    b_offsets = s_in.to(tl.int64)[None, :] * C + c[:, None]
+    a_places = (r_in // A_ROWS).to(tl.int64) * a_row
+    b_places = (s_in // B_ROWS).to(tl.int64) * b_row
+    total = tl.zeros([BR, BS], tl.float32)
+    for tile in range(0, C // BC):
+        a_RC = tl.load(a + a_offsets + tile * BC)
+        b_CS = tl.load(b + b_offsets + tile * BC)
+        a_R = tl.load(a_steps + a_places + tile * a_tile)
+        b_S = tl.load(b_steps + b_places + tile * b_tile)
+        product = tl.dot(a_RC, b_CS, out_dtype=tl.int32)
+        total += product.to(tl.float32) * (a_R[:, None] * b_S[None, :])
+        if SECOND:  # noqa: SIM102 (known when the kernel is compiled)
+            if tl.load(flags + piece_r * a_row + tile * a_tile) != 0:
+                more_RC = tl.load(second + a_offsets + tile * BC)
+                more_R = tl.load(second_steps + a_places + tile * a_tile)
+                product = tl.dot(more_RC, b_CS, out_dtype=tl.int32)
+                total += product.to(tl.float32) * (more_R[:, None] * b_S[None, :])
+    inside = (r < R)[:, None] & (s < S)[None, :]
+    places = r.to(tl.int64)[:, None] * out_row + s.to(tl.int64)[None, :] * out_column
+    tl.store(out + places, total.to(out.dtype.element_ty), mask=inside)
+
+
+def multiply_rows(a_RC: Tensor, b_SC: Tensor, a_steps: Tensor, b_steps: Tensor, out_RS: Tensor) -> None:
+    """out = (a @ b.T) * steps. Steps: float32, one for each row, or one."""
+    (rows, contraction), others = a_RC.shape, b_SC.shape[0]
+    br, bs, bc = (128, 256, 128) if others > 128 else (128, 128, 128)
+    grid = (triton.cdiv(rows, br) * triton.cdiv(others, bs),)
+    _rows[grid](
+        a_RC, b_SC, out_RS, a_steps, b_steps, rows, others, contraction, int(a_steps.numel() > 1), 0,
+        int(b_steps.numel() > 1), 0, out_RS.stride(0), out_RS.stride(1),
+        BR=br, BS=bs, BC=bc, GROUP=8, EVEN=contraction % bc == 0, num_warps=8, num_stages=3,
+    )  # fmt: skip
+
+
+def multiply_tiles(
+    a_RC: Tensor,
+    b_SC: Tensor,
+    a_steps: Tensor,
+    b_steps: Tensor,
+    out_RS: Tensor,
+    *,
+    rows: tuple[int, int],
+    columns: int,
+    second: tuple[Tensor, Tensor, Tensor] | None = None,
+) -> None:
+    """out = sum over tiles of (a @ b.T) * steps. Steps: (tiles of rows, tiles of columns), any strides.
+
+    rows: those of a tile of a and of b; columns: of both. second: codes, steps and flags of the second term of a, whose
+    tiles are then 128 rows high.
+    """
+    (height, contraction), others = a_RC.shape, b_SC.shape[0]
+    grid = (triton.cdiv(height, 128) * triton.cdiv(others, 128),)
+    codes, steps, flags = second or (a_RC, a_steps, a_steps)
+    _tiles[grid](
+        a_RC, b_SC, out_RS, a_steps, b_steps, codes, steps, flags, height, others, contraction, *a_steps.stride(),
+        *b_steps.stride(), out_RS.stride(0), out_RS.stride(1),
+        BR=128, BS=128, BC=columns, GROUP=8, A_ROWS=rows[0], B_ROWS=rows[1], SECOND=second is not None,
+        num_warps=8, num_stages=3,
+    )  # fmt: skip
