@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from commq.train.run import Run
 
 DRAWN = (("forward", "input"), ("forward", "weight"), ("input_gradient", "gradient"))
-"""GEMM and operand of the curves in the picture."""
+"""GEMM and operand of what is shown; the other GEMMs have the same operands, perhaps in other formats."""
 
 
 def check_matplotlib() -> None:
@@ -115,6 +115,8 @@ def _layers(step: int, statistics: Sequence[Statistic]) -> list[str]:
         "|---|---|---|---|---|---|",
     ]
     for r in statistics:
+        if (r.gemm, r.operand) not in DRAWN:
+            continue
         shares = f"{100 * r.underflow:.2f} | {100 * r.overflow:.2f}"
         lines.append(f"| {r.layer} | {r.gemm} | {r.operand} | {r.sqnr:.1f} | {shares} |")
     return [*lines, ""]
