@@ -26,7 +26,7 @@ def emulated(a_RC: Tensor, b_SC: Tensor, gemm: Gemm, counters: tuple[Counter, Co
     if a_RC.dtype != b_SC.dtype:
         a_RC, b_SC = a_RC.to(torch.float32), b_SC.to(torch.float32)
     product = a_RC @ b_SC.T
-    return product if gemm.rotation is None else product * _gain(gemm.rotation)
+    return product if gemm.rotation is None else product * gain(gemm.rotation)
 
 
 def rotated(x_RC: Tensor, rotation: Rotation, counter: Counter) -> Tensor:
@@ -40,6 +40,6 @@ def rotated(x_RC: Tensor, rotation: Rotation, counter: Counter) -> Tensor:
     return rotate(x_RC.view(-1), rotation, signs).view(x_RC.shape)
 
 
-def _gain(rotation: Rotation) -> float:
+def gain(rotation: Rotation) -> float:
     """`rotate` is orthogonal but for a factor sqrt(2) where log2(size) is odd: a product has it twice."""
     return 0.5 if (rotation.size.bit_length() - 1) % 2 else 1.0

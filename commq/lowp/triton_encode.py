@@ -40,13 +40,13 @@ def _encode(
     r = first_row + tl.arange(0, H)
     c = first_column + tl.arange(0, W)
     if MODE == 1:
-        bits = float_bits(tl.load(amax + tl.zeros([H], tl.int32)))
+        bits = float_bits(tl.load(amax + tl.full([H], 0, tl.int32)))
     elif MODE == 2:
         bits = float_bits(tl.load(amax + r, mask=r < rows, other=0.0))
     elif MODE == 3:
         bits = max_bits(h)
     else:
-        bits = tl.zeros([H], tl.int32) + tl.reduce(max_bits(h), 0, _maximum)
+        bits = tl.full([H], 0, tl.int32) + tl.reduce(max_bits(h), 0, _maximum)
     bits = bits & 0x7FFFFFFF
     marked = bits >= 0x7F800000
     s = bits_float(tl.where(marked, 0, bits))
@@ -56,10 +56,10 @@ def _encode(
     if KIND == 0:
         if STOCHASTIC:
             if MODE == 3:
-                width = tl.cdiv(columns, WIDTH) * WIDTH
+                width = ((columns + WIDTH - 1) // WIDTH) * WIDTH
                 element = r.to(tl.int64)[:, None] * width + c[None, :]
             elif MODE == 4:
-                tile = (first_row // WIDTH).to(tl.int64) * tl.cdiv(columns, WIDTH) + first_column // WIDTH
+                tile = (first_row // WIDTH).to(tl.int64) * ((columns + WIDTH - 1) // WIDTH) + first_column // WIDTH
                 element = tile * (WIDTH * WIDTH) + (tl.arange(0, H)[:, None] * W + tl.arange(0, W)[None, :])
             else:
                 element = r.to(tl.int64)[:, None] * columns + c[None, :]
@@ -79,7 +79,7 @@ def _encode(
         tl.store(steps + ((first_column // WIDTH).to(tl.int64) * stride + r), step, mask=r < rows)
     elif MODE == 4:
         place = (first_row // WIDTH) * stride + first_column // WIDTH
-        tl.store(steps + (place + tl.zeros([H], tl.int32)), step, mask=tl.arange(0, H) == 0)
+        tl.store(steps + (place + tl.full([H], 0, tl.int32)), step, mask=tl.arange(0, H) == 0)
 
 
 @triton.jit(do_not_specialize=_SCALARS)
@@ -89,7 +89,7 @@ def _encode_both(
     MODE_T: tl.constexpr, KIND_T: tl.constexpr, MAX_T: tl.constexpr, INVERSE_T: tl.constexpr,
     STOCHASTIC_T: tl.constexpr, WIDTH: tl.constexpr, H: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
-    pieces = tl.cdiv(columns, W)
+    pieces = (columns + W - 1) // W
     first_row = tl.program_id(0) // pieces * H
     first_column = tl.program_id(0) % pieces * W
     r = first_row + tl.arange(0, H)

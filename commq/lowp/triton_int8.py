@@ -16,8 +16,8 @@ _SCALARS = ["R", "S", "C", "a_row", "a_tile", "b_row", "b_tile", "out_row", "out
 def _program(R, S, BR: tl.constexpr, BS: tl.constexpr, GROUP: tl.constexpr):
     """Which piece of the output a program computes: neighbours share operands in the cache."""
     number = tl.program_id(0)
-    across = tl.cdiv(S, BS)
-    down = tl.cdiv(R, BR)
+    across = (S + BS - 1) // BS
+    down = (R + BR - 1) // BR
     group = number // (GROUP * across)
     first = group * GROUP
     height = tl.minimum(down - first, GROUP)
@@ -40,7 +40,7 @@ def _rows(
     # rows beyond the end read row 0: what they give is not stored
     a_pointers = a + (tl.where(r < R, r, 0).to(tl.int64)[:, None] * C + c[None, :])
     b_pointers = b + (tl.where(s < S, s, 0).to(tl.int64)[None, :] * C + c[:, None])
-    total = tl.zeros([BR, BS], tl.int32)
+    total = tl.full([BR, BS], 0, tl.int32)
     for start in range(0, C, BC):
         if EVEN:
             a_RC = tl.load(a_pointers)
@@ -81,7 +81,7 @@ def _tiles(
     b_offsets = s_in.to(tl.int64)[None, :] * C + c[:, None]
     a_places = (r_in // A_ROWS).to(tl.int64) * a_row
     b_places = (s_in // B_ROWS).to(tl.int64) * b_row
-    total = tl.zeros([BR, BS], tl.float32)
+    total = tl.full([BR, BS], 0, tl.float32)
     for tile in range(0, C // BC):
         a_RC = tl.load(a + a_offsets + tile * BC)
         b_CS = tl.load(b + b_offsets + tile * BC)

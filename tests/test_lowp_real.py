@@ -1,0 +1,169 @@
+"""The path of real GEMMs, in plain torch and in interpreted Triton, gives the emulated numbers."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from commq.lowp import codes as plain
+from commq.lowp import real
+from commq.lowp.codes import is_real
+from commq.lowp.gemm import gemm
+from commq.lowp.operand import operand
+from commq.lowp.product import Plan, Product
+from commq.lowp.quantize import Counter, quantized
+from commq.lowp.recipes import PRECISIONS
+from numerics import nasty_inputs
+
+HOPPER = (9, 0)
+REAL = ("fp8", "fp8-rowwise", "fp8-block", "int8", "int8-block", "int8-fallback", "switchback")
+
+
+def counter(stream=0):
+    return Counter(3, stream, torch.tensor(2**33 + 9))
+
+
+def run(recipe, capability, x, w, dy):
+    plan = Plan.of(PRECISIONS[recipe], tuple(w.shape), capability, name="layer", seed=1, rank=0)
+    x, w = x.clone().requires_grad_(), w.clone().requires_grad_()
+    y = Product.apply(x, w, torch.tensor(7), plan, None)
+    y.backward(dy)
+    return plan, (y.detach(), x.grad, w.grad)
+
+
+@pytest.mark.parametrize("recipe", REAL)
+@pytest.mark.parametrize("tokens", [256, 200])
+def test_real_and_emulated_products_are_the_same(recipe, tokens):
+    """But for the last bits of sums; tokens that are no multiple of 128 are padded (other random bits: rounded to
+    nearest only)."""
+    generator = torch.Generator().manual_seed(0)
+    x, w, dy = (torch.randn(shape, generator=generator) for shape in ((tokens, 256), (384, 256), (tokens, 384)))
+    x[5] *= 100
+    (_, emulated), (plan, found) = (run(recipe, capability, x, w, dy) for capability in (None, HOPPER))
+    assert plan.real == (True, True, recipe != "switchback")
+    for i, (a, b) in enumerate(zip(found, emulated, strict=True)):
+        if tokens % 128 and i and recipe in ("int8-block", "int8-fallback"):
+            continue
+        assert float((a - b).abs().max() / b.abs().max()) < 1e-6
+
+
+def test_what_is_real():
+    tokens, wide = 0, 4096
+    shape = tokens, wide, wide
+    assert is_real(gemm("fp8_e4m3/tensor"), shape, (8, 9)) and not is_real(gemm("fp8_e4m3/tensor"), shape, (8, 0))
+    assert not is_real(gemm("fp8_e5m2/tensor"), shape, HOPPER)  # no such GEMM
+    assert is_real(gemm("int8/row"), shape, (8, 0)) and not is_real(gemm("int8/row"), shape, None)
+    assert not is_real(gemm("int8/row"), (tokens, wide, 4100), HOPPER)
+    assert not is_real(gemm("fp8_e4m3/1x128 x fp8_e4m3/128x128"), (tokens, wide, 4096 + 64), HOPPER)
+    assert not is_real(gemm("fp8_e4m3/1x128 x fp8_e4m3/128x128"), shape, (10, 0))
+    for text in ("mxfp8", "mxfp4", "nvfp4", "int4", "int8/row hadamard 32", "bf16", "int8/row+all", "fp8_e4m3/32x32"):
+        assert not is_real(gemm(text), shape, HOPPER), text
+
+
+@pytest.mark.parametrize("text", ["fp8_e4m3/tensor", "int8/row", "fp8_e4m3/1x128", "fp8_e5m2/128x128", "int8/32x32"])
+def test_codes_stand_for_what_is_emulated(text):
+    x, how = torch.randn(256, 384), operand(text)
+    found = plain.encoded(x, how, counter())
+    values = found.codes.float() * plain._spread(found.steps, found.codes, how.tile)
+    emulated = quantized(x, how, counter())
+    assert bool(((values - emulated).abs() <= emulated.abs() * 2.0**-22).all())  # two products instead of one
+
+
+@pytest.mark.parametrize("text", ["fp8_e4m3/1x128 x fp8_e4m3/128x128", "fp8_e4m3/1x128", "fp8_e4m3/row"])
+@pytest.mark.parametrize("shape", [(256, 384, 640), (16384, 4096, 4096), (4096, 12288, 16384)])
+def test_scaled_mm_takes_these_scales(text, shape):
+    """On the meta device: its own checks of shapes and strides, the padding to four tiles among them."""
+    R, S, C = shape
+    how = gemm(text)
+    a, b = torch.empty(R, C, device="meta"), torch.empty(S, C, device="meta")
+    (a, a_steps), (b, b_steps) = real._outputs(a, how.first), real._outputs(b, how.second)
+    assert real._fp8(a, b, a_steps, b_steps, how, torch.bfloat16).shape == (R, S)
+
+
+@pytest.fixture(scope="module")
+def interpreted() -> Iterator[None]:
+    """Interpreted copies of the Triton modules, which take CPU tensors."""
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("triton is not installed; pip install triton")
+    importlib.import_module("triton.language")
+
+    def ours() -> list[str]:
+        return [name for name in sys.modules if name.startswith(("commq.codecs.triton_", "commq.lowp.triton_"))]
+
+    compiled = {name: sys.modules.pop(name) for name in ours()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        yield
+    for name in ours():
+        del sys.modules[name]
+    sys.modules.update(compiled)
+
+
+PAIRS = [
+    ("fp8_e4m3/tensor", "fp8_e4m3/tensor"),
+    ("fp8_e5m2/tensor", "fp8_e4m3/row"),
+    ("int8/row", "int8/row:stochastic"),
+    ("fp8_e4m3/1x128", "fp8_e4m3/1x128"),
+    ("fp8_e4m3/128x128", None),
+    (None, "fp8_e4m3/128x128"),
+    ("int8/32x32:stochastic", "int8/32x32"),
+    ("int8/1x128:stochastic", "int8/1x128:stochastic"),
+]
+
+
+def hard_input(text):
+    x = torch.randn(128, 144)
+    x[3, 5] = 0.0 if text and "tensor" in text else torch.nan
+    x[4] = F.pad(nasty_inputs()["subnormals"][:100], (0, 44))
+    x[100], x[7], x[9] = x[100] * 1e-30, 0.0, x[9] * 1e30
+    return x[:, :128] if text and "x" in text else x
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, about infinities
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("along", "across"), PAIRS)
+def test_encoding_both_ways_in_triton(interpreted, along, across, dtype):
+    x = hard_input(along or across).to(dtype).contiguous()
+    both = [operand(text) if text else None for text in (along, across)]
+    counters = counter(5), counter(6)
+    found = real.encode(x, *both, counters)
+    for got, how, view, count in zip(found, both, (x, x.T), counters, strict=True):
+        if how is None:
+            assert got is None
+            continue
+        want = plain.encoded(view, how, count)
+        assert torch.equal(got.steps.nan_to_num(7), want.steps.nan_to_num(7))
+        wrong = got.codes.view(torch.int8) != want.codes.view(torch.int8)
+        # The interpreter's cast loses the carry where fp8 rounds up to a power of two.
+        mantissa = {"int8": 0, "fp8_e4m3": 7, "fp8_e5m2": 3}[how.format.name]
+        carried = (want.codes.view(torch.int8) & mantissa) == 0
+        assert not bool((wrong & ~carried).any()) and not (mantissa == 0 and bool(wrong.any()))
+
+
+@pytest.mark.parametrize(
+    ("text", "shape"),
+    [
+        ("int8/row", (200, 144, 272)),
+        ("int8/row x int8/tensor", (128, 272, 128)),
+        ("int8/32x32", (160, 288, 96)),
+        ("int8/128x128", (256, 128, 256)),
+        ("int8/128x128+outliers x int8/128x128", (256, 128, 384)),
+        ("int8/128x128 x int8/128x128+outliers", (128, 256, 384)),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_int8_products_in_triton(interpreted, text, shape, dtype):
+    how, (R, S, C) = gemm(text), shape
+    a, b = torch.randn(R, C), torch.randn(S, C)
+    a[3, 5], b[100, 20] = 500.0, 1000.0
+    first, second = plain.encoded(a, how.first, counter()), plain.encoded(b, how.second, counter())
+    want = plain.multiplied(first, second, how)
+    found = real.multiply(first, second, how, dtype).float()
+    rounding = 2.0**-20 if dtype == torch.float32 else 2.0**-8
+    assert float((found - want).abs().max()) <= rounding * float(want.abs().max())
