@@ -1,4 +1,4 @@
-"""One AdamW step of one parameter whose moments are codes, in plain torch: the specification.
+"""One AdamW step of parameters whose moments are codes, in plain torch: the specification.
 
     m = beta1 m + (1 - beta1) g ;  v = beta2 r**2 + (1 - beta2) g**2 ;  r = sqrt(v)
     x = x (1 - lr weight_decay) - (lr / (1 - beta1**t)) m / (r / sqrt(1 - beta2**t) + eps)
@@ -13,6 +13,7 @@ Shapes: R rows of C elements (a `Grid`), G blocks of B elements, all rows padded
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -47,6 +48,10 @@ class Numbers:
         return 1.0 / math.sqrt(1.0 - self.beta2**self.step)
 
 
+_TOGETHER = 1 << 22
+"""Elements that are computed together, at least one parameter."""
+
+
 class Moments(NamedTuple):
     """This rank's codes and scales of both moments: uint8 (..., P) and float32 (..., blocks of a row)."""
 
@@ -65,38 +70,62 @@ class Rounding(NamedTuple):
     row_numbers: Tensor
 
 
-def update(
-    x: Tensor,
-    grad: Tensor,
-    moments: Moments,
-    formats: tuple[MomentFormat, MomentFormat],
-    grid: Grid,
-    numbers: Numbers,
-    *,
-    factor: Tensor | None = None,
-    rounding: Rounding | None = None,
-) -> None:
-    """Change this rank's part of a parameter, and its moments, in place.
+class Part(NamedTuple):
+    """What is updated of one parameter: this rank's part of it, in place."""
 
-    x: float32, bfloat16 or float16; grad: of the same shape. factor: float32 scalar that the learning rate is
-    multiplied by. rounding: round x, bfloat16, stochastically; otherwise to nearest.
-    """
-    if x.numel() == 0:
-        return
-    g_GB = _blocks(grad, grid, formats[0].block)
-    m_GB, r_GB = _decoded(moments, formats, grid)
+    x: Tensor
+    """float32, bfloat16 or float16."""
+    grad: Tensor
+    """Of the same shape."""
+    moments: Moments
+    grid: Grid
+    factor: Tensor | None = None
+    """float32 scalar that the learning rate is multiplied by."""
+    rounding: Rounding | None = None
+    """Round x, bfloat16, stochastically; otherwise to nearest."""
+
+
+def update(parts: Sequence[Part], formats: tuple[MomentFormat, MomentFormat], numbers: Numbers) -> None:
+    """Change parameters and their moments in place. Blocks of several parameters are computed together."""
+    together: list[Part] = []
+    numel = 0
+    for part in parts:
+        if together and numel + part.x.numel() > _TOGETHER:
+            _update(together, formats, numbers)
+            together, numel = [], 0
+        if part.x.numel():
+            together.append(part)
+            numel += part.x.numel()
+    if together:
+        _update(together, formats, numbers)
+
+
+def _update(parts: list[Part], formats: tuple[MomentFormat, MomentFormat], numbers: Numbers) -> None:
+    block = formats[0].block
+    g_GB = torch.cat([_blocks(part.grad, part.grid, block) for part in parts])
+    m_GB = _decode([(each.moments.first_codes, each.moments.first_scales, each.grid) for each in parts], formats[0])
     m_GB = m_GB * numbers.beta1 + g_GB * (1.0 - numbers.beta1)
+    r_GB = _decode([(each.moments.root_codes, each.moments.root_scales, each.grid) for each in parts], formats[1])
     r_GB = _root(r_GB, g_GB, numbers)
-    moved_GB = move(_blocks(x, grid, formats[0].block), m_GB, r_GB, numbers, factor)
-    _store(x, moved_GB, grid, rounding)
-    for value_GB, fmt, codes, scales in (
-        (m_GB, formats[0], moments.first_codes, moments.first_scales),
-        (r_GB, formats[1], moments.root_codes, moments.root_scales),
-    ):
-        codes_GP, scales_G = encode(value_GB, fmt)
-        codes_RP = codes_GP.view(grid.rows, -1)[:, : fmt.code_bytes(grid.width)]
-        codes.copy_(codes_RP.reshape(codes.shape))
-        scales.copy_(scales_G.view(scales.shape))
+    x_GB = torch.cat([_blocks(part.x, part.grid, block) for part in parts])
+    counts = [part.grid.rows * formats[0].blocks(part.grid.width) for part in parts]
+    factors = [part.factor for part in parts]
+    factor_G1 = None
+    if factors[0] is not None:
+        factor_G1 = torch.cat([f.expand(n) for f, n in zip(factors, counts, strict=True) if f is not None])[:, None]
+    moved_GB = move(x_GB, m_GB, r_GB, numbers, factor_G1)
+    coded = [encode(m_GB, formats[0]), encode(r_GB, formats[1])]
+    start = 0
+    for part, count in zip(parts, counts, strict=True):
+        own = slice(start, start + count)
+        _store(part.x, moved_GB[own], part.grid, part.rounding)
+        for (codes_GP, scales_G), fmt, codes, scales in zip(
+            coded, formats, part.moments[::2], part.moments[1::2], strict=True
+        ):
+            codes_RP = codes_GP[own].reshape(part.grid.rows, -1)[:, : fmt.code_bytes(part.grid.width)]
+            codes.copy_(codes_RP.reshape(codes.shape))
+            scales.copy_(scales_G[own].view(scales.shape))
+        start += count
 
 
 def move(x: Tensor, m: Tensor, r: Tensor, numbers: Numbers, factor: Tensor | None) -> Tensor:
@@ -117,8 +146,8 @@ def excess(
     if grid.rows * grid.width == 0:
         return torch.zeros((), device=grad.device)
     g_GB = _blocks(grad, grid, formats[1].block)
-    codes, scales = moments.root_codes, moments.root_scales
-    r_GB = _root(_decode(codes, scales, formats[1], grid), g_GB, numbers)
+    r_GB = _decode([(moments.root_codes, moments.root_scales, grid)], formats[1])
+    r_GB = _root(r_GB, g_GB, numbers)
     return tree_sum(ratio(g_GB, r_GB, numbers)).sum()
 
 
@@ -153,32 +182,32 @@ def _root(r: Tensor, g: Tensor, numbers: Numbers) -> Tensor:
     return v.double().sqrt().float()  # float32 roots on a CPU are not always rounded correctly
 
 
-def _decoded(moments: Moments, formats: tuple[MomentFormat, MomentFormat], grid: Grid) -> tuple[Tensor, Tensor]:
-    return (
-        _decode(moments.first_codes, moments.first_scales, formats[0], grid),
-        _decode(moments.root_codes, moments.root_scales, formats[1], grid),
-    )
-
-
-def _decode(codes: Tensor, scales: Tensor, fmt: MomentFormat, grid: Grid) -> Tensor:
-    """float32 (G, B), 0 beyond the end of a row."""
-    codes_RP = codes.reshape(grid.rows, -1)
+def _decode(coded: Sequence[tuple[Tensor, Tensor, Grid]], fmt: MomentFormat) -> Tensor:
+    """float32 (G, B) of all blocks of codes with scales, 0 beyond the end of a row."""
     block_bytes = fmt.block * fmt.bits // 8
-    padding = fmt.blocks(grid.width) * block_bytes - codes_RP.shape[1]
-    x_GB = decode(F.pad(codes_RP, (0, padding)).view(-1, block_bytes), scales.reshape(-1), fmt)
-    if grid.width % fmt.block:
-        x_GB.view(grid.rows, -1)[:, grid.width :] = 0.0
+    codes_GP = []
+    for codes, _, grid in coded:
+        codes_RP = codes.reshape(grid.rows, -1)
+        padding = fmt.blocks(grid.width) * block_bytes - codes_RP.shape[1]
+        codes_GP.append((F.pad(codes_RP, (0, padding)) if padding else codes_RP).reshape(-1, block_bytes))
+    x_GB = decode(torch.cat(codes_GP), torch.cat([scales.reshape(-1) for _, scales, _ in coded]), fmt)
+    start = 0
+    for _, scales, grid in coded:
+        if grid.width % fmt.block:
+            x_GB[start : start + scales.numel()].view(grid.rows, -1)[:, grid.width :] = 0.0
+        start += scales.numel()
     return x_GB
 
 
 def _blocks(x: Tensor, grid: Grid, block: int) -> Tensor:
     """float32 (G, B) of a tensor; rows are padded with zeros to whole blocks."""
     x_RC = x.reshape(grid.rows, grid.width).to(torch.float32)
-    return F.pad(x_RC, (0, -grid.width % block)).view(-1, block)
+    padding = -grid.width % block
+    return (F.pad(x_RC, (0, padding)) if padding else x_RC).reshape(-1, block)
 
 
 def _store(x: Tensor, moved_GB: Tensor, grid: Grid, rounding: Rounding | None) -> None:
-    moved_RC = moved_GB.view(grid.rows, -1)[:, : grid.width]
+    moved_RC = moved_GB.reshape(grid.rows, -1)[:, : grid.width]
     if rounding is not None:
         moved_RC = round_bfloat16(moved_RC, grid, rounding)
     x.copy_(moved_RC.reshape(x.shape))

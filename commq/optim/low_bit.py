@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 
 from commq.optim import adamw_step
 from commq.optim.adam import check_adam
-from commq.optim.adamw_step import Moments, Numbers, Rounding, move, ratio, round_bfloat16
+from commq.optim.adamw_step import Moments, Numbers, Part, Rounding, move, ratio, round_bfloat16
 from commq.optim.grid import Grid, check_block, grid_of, has_codes, make_like
 from commq.optim.moment_format import FIRST_4, FIRST_8, FIRST_FP8, ROOT_4, ROOT_8, ROOT_FP8, MomentFormat
 from commq.optim.optimizer import Parameters, floats, local
@@ -101,9 +101,7 @@ class LowBitAdamW(Optimizer):
             for _, p in numbered:
                 self._begin_step(p)
             factors = self._factors(group, [p for _, p in numbered]) if group["update_clipping"] else {}
-            for number, p in numbered:
-                if "first_codes" in self.state[p]:
-                    self._update_codes(group, number, p, factors.get(id(p)))
+            self._update_codes(group, [(n, p) for n, p in numbered if "first_codes" in self.state[p]], factors)
             plain = [(number, p) for number, p in numbered if "exp_avg" in self.state[p]]
             for clipped in (True, False):
                 self._update_plain(group, [each for each in plain if (id(each[1]) in factors) == clipped], factors)
@@ -159,6 +157,9 @@ class LowBitAdamW(Optimizer):
             state[f"{part}_scales"] = make_like(p, fmt.blocks, torch.float32)
         return state
 
+    def _step_of(self, p: Tensor) -> int:
+        return int(self.state[p]["step"].item())
+
     def _moments(self, p: Tensor) -> Moments:
         return Moments(*(local(self.state[p][key]) for key in _CODES))
 
@@ -169,7 +170,7 @@ class LowBitAdamW(Optimizer):
             beta2=group["betas"][1],
             eps=group["eps"],
             weight_decay=group["weight_decay"],
-            step=int(self.state[p]["step"].item()),
+            step=self._step_of(p),
         )
 
     def _rounding(self, group: dict[str, Any], number: int, p: Tensor) -> Rounding | None:
@@ -177,27 +178,37 @@ class LowBitAdamW(Optimizer):
             return None
         if id(p) not in self._row_numbers:
             self._row_numbers[id(p)] = self._grid(p).row_numbers(local(p).device)
-        return Rounding(self.seed, number, int(self.state[p]["step"].item()), self._row_numbers[id(p)])
+        return Rounding(self.seed, number, self._step_of(p), self._row_numbers[id(p)])
 
-    def _update_codes(self, group: dict[str, Any], number: int, p: Tensor, factor: Tensor | None) -> None:
-        implementation(self.backend, local(p).device).update(
-            local(p),
-            _grad(p),
-            self._moments(p),
-            (self.first, self.root),
-            self._grid(p),
-            self._numbers(group, p),
-            factor=factor,
-            rounding=self._rounding(group, number, p),
-        )
+    def _update_codes(
+        self, group: dict[str, Any], numbered: list[tuple[int, Tensor]], factors: dict[int, Tensor]
+    ) -> None:
+        """All parameters with codes, those at the same step together."""
+        alike: dict[tuple[int, torch.device], list[tuple[int, Tensor]]] = {}
+        for number, p in numbered:
+            alike.setdefault((self._step_of(p), local(p).device), []).append((number, p))
+        for (_, device), same in alike.items():
+            parts = [
+                Part(
+                    local(p),
+                    _grad(p),
+                    self._moments(p),
+                    self._grid(p),
+                    factors.get(id(p)),
+                    self._rounding(group, number, p),
+                )
+                for number, p in same
+            ]
+            numbers = self._numbers(group, same[0][1])
+            implementation(self.backend, device).update(parts, (self.first, self.root), numbers)
 
     def _update_plain(
         self, group: dict[str, Any], numbered: list[tuple[int, Tensor]], factors: dict[int, Tensor]
     ) -> None:
         """All parameters with float32 moments, in a few launches together where they are at the same step."""
-        steps = {int(self.state[p]["step"].item()) for _, p in numbered}
+        steps = {self._step_of(p) for _, p in numbered}
         for step in sorted(steps):
-            same = [(n, p) for n, p in numbered if int(self.state[p]["step"].item()) == step and local(p).numel()]
+            same = [(n, p) for n, p in numbered if self._step_of(p) == step and local(p).numel()]
             if not same:
                 continue
             grads = floats([_grad(p) for _, p in same])

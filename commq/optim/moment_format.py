@@ -23,6 +23,8 @@ from commq.codecs.rounding import code_values
 from commq.codecs.wire import pack, unpack
 
 _INF = 0x7F800000
+_SHIFT = 15
+"""Bits of a float32 that are dropped to look a code up: 8 of the mantissa stay."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +75,7 @@ class MomentFormat:
         return -(-width // self.block)
 
     def tables(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """float32: what every code's magnitude stands for, and the edges between them; padded with 1 and infinity."""
+        """float32: what every code's magnitude stands for, and the edges above them; padded with 1 and infinity."""
         return _tables(self.levels, 1 << self.magnitude_bits, device)
 
 
@@ -83,8 +85,24 @@ def _tables(levels: tuple[float, ...], count: int, device: torch.device) -> tupl
     edges = (values[:-1] + values[1:]) * 0.5
     missing = count - len(values)
     values = torch.cat((values, torch.ones(missing)))
-    edges = torch.cat((edges, torch.full((missing,), float("inf"))))
+    edges = torch.cat((edges, torch.full((missing + 1,), float("inf"))))
     return values.to(device), edges.to(device)
+
+
+@functools.cache
+def _below(levels: tuple[float, ...], device: torch.device) -> Tensor:
+    """int32: for each pattern of a float32's upper bits, up to that of 1, how many edges lie at or below its smallest.
+
+    One more may lie inside it, no more: so the code follows from one comparison. (A binary search takes ten times as
+    long on a CPU.)
+    """
+    values = torch.tensor(levels, dtype=torch.float32)
+    edges = (values[:-1] + values[1:]) * 0.5
+    first = torch.arange((0x3F800001 >> _SHIFT) + 2, dtype=torch.int32) << _SHIFT
+    counts = torch.searchsorted(edges, first.view(torch.float32), right=True).to(torch.int32)
+    if (counts.diff() > 1).any():
+        raise ValueError(f"levels closer than {2.0 ** (_SHIFT - 23):g} of their size: {len(levels)} levels")
+    return counts.to(device)
 
 
 def encode(x_GB: Tensor, fmt: MomentFormat) -> tuple[Tensor, Tensor]:
@@ -92,16 +110,18 @@ def encode(x_GB: Tensor, fmt: MomentFormat) -> tuple[Tensor, Tensor]:
 
     Error: |x - x_hat| <= half the gap between the levels around |x| / s, times s; below the level `lowest`, up to it.
     """
-    values, edges = fmt.tables(x_GB.device)
+    _, edges = fmt.tables(x_GB.device)
     bits_G = scales.magnitude_bits(x_GB).amax(dim=-1)
     marked_G = bits_G >= _INF
     amax_G = scales.as_float(bits_G.masked_fill(marked_G, 0))
     up_G = scales.lift(amax_G)
     inverse_G = torch.where(amax_G > 0, scales.quotient(1.0, amax_G * up_G), 0.0)
     t_GB = ((x_GB.abs() * up_G[:, None]) * inverse_G[:, None]).masked_fill(marked_G[:, None], 0.0)
-    codes_GB = torch.searchsorted(edges, t_GB.contiguous(), right=True).clamp(fmt.lowest, len(values) - 1)
+    key_GB = t_GB.view(torch.int32) >> _SHIFT
+    codes_GB = _below(fmt.levels, x_GB.device)[key_GB]
+    codes_GB = (codes_GB + (t_GB >= edges[codes_GB])).clamp(fmt.lowest, len(fmt.levels) - 1)
     if fmt.signed:
-        codes_GB = codes_GB | ((x_GB < 0).to(torch.int64) << fmt.magnitude_bits)
+        codes_GB = codes_GB | ((x_GB < 0).to(torch.int32) << fmt.magnitude_bits)
     return pack(codes_GB, fmt.bits), amax_G.masked_fill(marked_G, float("nan"))
 
 

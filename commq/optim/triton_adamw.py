@@ -5,6 +5,7 @@ A program has G blocks of B elements. Codes find their level by a binary search 
 the cache. No fused multiply-add, IEEE division and root.
 """
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -25,7 +26,7 @@ from commq.codecs.triton_bits import (
     unpack,
 )
 from commq.codecs.triton_blocks import lift
-from commq.optim.adamw_step import Moments, Numbers, Rounding
+from commq.optim.adamw_step import Moments, Numbers, Part, Rounding
 from commq.optim.grid import Grid
 from commq.optim.moment_format import MomentFormat
 
@@ -157,28 +158,23 @@ def _excess(
     tl.store(sums + block_G, tree_sum(quotient_GB * quotient_GB, G, B), mask=exists_G)
 
 
-def update(
-    x: Tensor,
-    grad: Tensor,
-    moments: Moments,
-    formats: tuple[MomentFormat, MomentFormat],
-    grid: Grid,
-    numbers: Numbers,
-    *,
-    factor: Tensor | None = None,
-    rounding: Rounding | None = None,
-) -> None:
+def update(parts: Sequence[Part], formats: tuple[MomentFormat, MomentFormat], numbers: Numbers) -> None:
     """See `adamw_step.update`."""
-    if x.numel() == 0:
-        return
-    target, source = x.contiguous(), grad.contiguous()
+    for part in parts:
+        if part.x.numel():
+            _update_part(part, formats, numbers)
+
+
+def _update_part(part: Part, formats: tuple[MomentFormat, MomentFormat], numbers: Numbers) -> None:
+    x, grid, factor, rounding = part.x, part.grid, part.factor, part.rounding
+    target, source = x.contiguous(), part.grad.contiguous()
     first, root = formats
     (m_levels, m_edges), (r_levels, r_edges) = first.tables(x.device), root.tables(x.device)
     lost = numbers.lr * numbers.weight_decay
     counter = [0, 0, 0, 0] if rounding is None else _counter(rounding)
     with _device(x):
         _update[_programs(grid, first)](
-            _pointer(target), _pointer(source), *moments, m_levels, m_edges, r_levels, r_edges,
+            _pointer(target), _pointer(source), *part.moments, m_levels, m_edges, r_levels, r_edges,
             factor, None if rounding is None else rounding.row_numbers,
             *_sizes(grid, first), grid.first_column, 16 * -(-grid.full_width // 16), *counter,
             numbers.beta1, 1.0 - numbers.beta1, numbers.beta2, 1.0 - numbers.beta2, numbers.step_size,
