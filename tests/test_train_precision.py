@@ -110,6 +110,28 @@ def test_a_run_with_everything_on_resumes_bit_for_bit(tmp_path):
     run_processes(everything_resumes, 2, args=(tmp_path,), timeout=120)
 
 
+def kept_state(settings: Config, executes: bool) -> str:
+    """Digest of weights and optimizer state as they are saved, or as they are after loading them on other ranks."""
+    run = Run(settings, this_rank())
+    if executes:
+        run.execute()
+    state = run.trainer.common_state()
+    return digest([state["model"], state["optimizer"]])
+
+
+def test_codes_are_sharded_anew_on_other_ranks(tmp_path):
+    chosen = {"parallel": "fsdp", "optimizer": OptimizerConfig(optimizer="adamw4bit", warmup=2), "steps": 2}
+    chosen |= {"lowp": PrecisionConfig(precision="int8"), "guard": GuardConfig()}
+    before = run_processes(kept_state, 2, args=(config(tmp_path, **chosen), True))
+    reshard = config(tmp_path, resume=True, **chosen)
+    reshard = replace(reshard, output=replace(reshard.output, reshard=True))
+    after = run_processes(kept_state, 3, args=(reshard, False))
+    assert before[0] == after[0]
+
+
+ROLLBACK = GuardConfig(guard="rollback", snapshot_every=10, loss_scale="dynamic")
+
+
 class Spoiled(Trainer):
     """Rank 1's losses in some steps are multiplied by something."""
 
@@ -132,7 +154,7 @@ def spoiled(out: Path, spoil: dict[int, float], guard: GuardConfig, steps: int, 
 
 @process_ranks(2)
 def test_a_spike_is_rolled_back_on_every_rank(tmp_path):
-    trainer = spoiled(tmp_path, {24: 100.0, 26: math.nan}, GuardConfig(guard="rollback", snapshot_every=10), steps=40)
+    trainer = spoiled(tmp_path, {24: 100.0, 26: math.nan}, ROLLBACK, steps=40)
     states, names = {}, {}
     for step in range(1, 31):
         trainer.train_step()

@@ -86,6 +86,8 @@ class Trainer:
         if self.guard.allows(loss, norm):
             self._update()
             self.guard.end_step()
+        elif self.scaler.is_enabled():
+            self.scaler.update()
         return loss, norm
 
     def _passes(self, *, travels: bool) -> Tensor:
