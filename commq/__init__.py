@@ -9,10 +9,11 @@ One line turns it on for a DistributedDataParallel module:
 
     handle = commq.register(ddp, "int4")
 
-`commq.optim` has optimizers that send a momentum in one bit in place of the gradient.
+`commq.optim` has optimizers that send a momentum in one bit in place of the gradient, `commq.lowp` computes linear
+layers in low precision.
 """
 
-from commq import optim
+from commq import lowp, optim
 from commq.attach.check import ReplicaError
 from commq.attach.ddp import HookState, comm_hook, register
 from commq.attach.estimate import estimate_memory
@@ -65,6 +66,7 @@ __all__ = [
     "fully_shard",
     "get_format",
     "handle_of",
+    "lowp",
     "optim",
     "recipe",
     "recipes",

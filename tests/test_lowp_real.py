@@ -9,32 +9,21 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-import torch.nn.functional as F
+from torch import nn
 
+import commq.lowp as lowp
+from commq.codecs.philox import random_u16
 from commq.lowp import codes as plain
 from commq.lowp import real
 from commq.lowp.codes import is_real
 from commq.lowp.gemm import gemm
 from commq.lowp.operand import operand
-from commq.lowp.product import Plan, Product
-from commq.lowp.quantize import Counter, quantized
-from commq.lowp.recipes import PRECISIONS
-from numerics import nasty_inputs
+from commq.lowp.product import Plan
+from commq.lowp.quantize import quantized
+from commq.lowp.random import random_bits
+from lowp_cases import INT8_PRODUCTS, PAIRS, REAL, counter, hard_input, products
 
 HOPPER = (9, 0)
-REAL = ("fp8", "fp8-rowwise", "fp8-block", "int8", "int8-block", "int8-fallback", "switchback")
-
-
-def counter(stream=0):
-    return Counter(3, stream, torch.tensor(2**33 + 9))
-
-
-def run(recipe, capability, x, w, dy):
-    plan = Plan.of(PRECISIONS[recipe], tuple(w.shape), capability, name="layer", seed=1, rank=0)
-    x, w = x.clone().requires_grad_(), w.clone().requires_grad_()
-    y = Product.apply(x, w, torch.tensor(7), plan, None)
-    y.backward(dy)
-    return plan, (y.detach(), x.grad, w.grad)
 
 
 @pytest.mark.parametrize("recipe", REAL)
@@ -45,7 +34,7 @@ def test_real_and_emulated_products_are_the_same(recipe, tokens):
     generator = torch.Generator().manual_seed(0)
     x, w, dy = (torch.randn(shape, generator=generator) for shape in ((tokens, 256), (384, 256), (tokens, 384)))
     x[5] *= 100
-    (_, emulated), (plan, found) = (run(recipe, capability, x, w, dy) for capability in (None, HOPPER))
+    (_, emulated), (plan, found) = (products(recipe, capability, x, w, dy) for capability in (None, HOPPER))
     assert plan.real == (True, True, recipe != "switchback")
     for i, (a, b) in enumerate(zip(found, emulated, strict=True)):
         if tokens % 128 and i and recipe in ("int8-block", "int8-fallback"):
@@ -105,26 +94,6 @@ def interpreted() -> Iterator[None]:
     sys.modules.update(compiled)
 
 
-PAIRS = [
-    ("fp8_e4m3/tensor", "fp8_e4m3/tensor"),
-    ("fp8_e5m2/tensor", "fp8_e4m3/row"),
-    ("int8/row", "int8/row:stochastic"),
-    ("fp8_e4m3/1x128", "fp8_e4m3/1x128"),
-    ("fp8_e4m3/128x128", None),
-    (None, "fp8_e4m3/128x128"),
-    ("int8/32x32:stochastic", "int8/32x32"),
-    ("int8/1x128:stochastic", "int8/1x128:stochastic"),
-]
-
-
-def hard_input(text):
-    x = torch.randn(128, 144)
-    x[3, 5] = 0.0 if text and "tensor" in text else torch.nan
-    x[4] = F.pad(nasty_inputs()["subnormals"][:100], (0, 44))
-    x[100], x[7], x[9] = x[100] * 1e-30, 0.0, x[9] * 1e30
-    return x[:, :128] if text and "x" in text else x
-
-
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, about infinities
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("along", "across"), PAIRS)
@@ -139,24 +108,25 @@ def test_encoding_both_ways_in_triton(interpreted, along, across, dtype):
             continue
         want = plain.encoded(view, how, count)
         assert torch.equal(got.steps.nan_to_num(7), want.steps.nan_to_num(7))
-        wrong = got.codes.view(torch.int8) != want.codes.view(torch.int8)
-        # The interpreter's cast loses the carry where fp8 rounds up to a power of two.
-        mantissa = {"int8": 0, "fp8_e4m3": 7, "fp8_e5m2": 3}[how.format.name]
-        carried = (want.codes.view(torch.int8) & mantissa) == 0
-        assert not bool((wrong & ~carried).any()) and not (mantissa == 0 and bool(wrong.any()))
+        got, want = (each.codes.view(torch.int8).to(torch.int32) for each in (got, want))
+        if how.format.name == "int8":
+            assert torch.equal(got, want)
+            continue
+        # The interpreter's cast to fp8 rounds ties up, subnormals down, and loses the carry into a power of two; that
+        # of a GPU does not (test_gpu_lowp.py).
+        mantissa = 7 if how.format.name == "fp8_e4m3" else 3
+        assert bool((((got - want).abs() <= 1) | ((want & mantissa) == 0)).all())
 
 
-@pytest.mark.parametrize(
-    ("text", "shape"),
-    [
-        ("int8/row", (200, 144, 272)),
-        ("int8/row x int8/tensor", (128, 272, 128)),
-        ("int8/32x32", (160, 288, 96)),
-        ("int8/128x128", (256, 128, 256)),
-        ("int8/128x128+outliers x int8/128x128", (256, 128, 384)),
-        ("int8/128x128 x int8/128x128+outliers", (128, 256, 384)),
-    ],
-)
+@pytest.mark.parametrize("count", [1, 2048, 5000])
+def test_random_bits_in_triton(interpreted, count):
+    clock = torch.tensor(2**33 + 9)
+    runs = torch.arange(-(-count // 16))
+    want = random_u16(runs, 16, seed=3, step=2**33 + 9, stream=7).view(-1)[:count]
+    assert torch.equal(random_bits(clock, count, 3, 7).long(), want)
+
+
+@pytest.mark.parametrize(("text", "shape"), INT8_PRODUCTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_int8_products_in_triton(interpreted, text, shape, dtype):
     how, (R, S, C) = gemm(text), shape
@@ -165,5 +135,19 @@ def test_int8_products_in_triton(interpreted, text, shape, dtype):
     first, second = plain.encoded(a, how.first, counter()), plain.encoded(b, how.second, counter())
     want = plain.multiplied(first, second, how)
     found = real.multiply(first, second, how, dtype).float()
-    rounding = 2.0**-20 if dtype == torch.float32 else 2.0**-8
+    rounding = 2.0**-20 if dtype == torch.float32 else 2.0**-7  # the interpreter cuts bfloat16 off
     assert float((found - want).abs().max()) <= rounding * float(want.abs().max())
+
+
+@pytest.mark.parametrize("recipe", ["fp8", "int8-fallback"])
+def test_one_graph_holds_all_of_it(recipe):
+    model = nn.Sequential(nn.Linear(128, 256), nn.GELU(), nn.Linear(256, 128))
+    for layer in lowp.convert(model, recipe).modules.values():
+        size = layer.out_features, layer.in_features
+        layer.plan = Plan.of(layer.precision, size, HOPPER, name=layer.name, seed=0, rank=0)
+    x = torch.randn(2, 128, 128, requires_grad=True)
+    found = []
+    for run in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
+        y = run(x)
+        found.append((y, *torch.autograd.grad(y.square().sum(), (x, model[0].weight, model[2].bias))))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))

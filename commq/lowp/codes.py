@@ -18,7 +18,7 @@ from commq.codecs.reference import decode_blocks, encode_blocks
 from commq.codecs.scales import decode_scales
 from commq.lowp.gemm import Gemm
 from commq.lowp.operand import Operand
-from commq.lowp.quantize import Counter, outliers, random_bits, tiles, untiled
+from commq.lowp.quantize import Counter, outliers, random_of, tiles, untiled
 
 DTYPES = {"int8": torch.int8, "fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
 TENSOR, ROW = (0, 0), (1, 0)
@@ -55,6 +55,7 @@ def is_real(gemm: Gemm | None, shape: tuple[int, int, int], capability: tuple[in
         if pair == (TENSOR, TENSOR) and names != {"fp8_e5m2"}:
             return capability >= (8, 9)
         blocks = pair in (((1, 128), (128, 128)), ((1, 128), (1, 128))) and not any(size % 128 for size in shape)
+        blocks = blocks and _cuda_version() >= (12, 9)
         return capability == (9, 0) and names == {"fp8_e4m3"} and (pair == (ROW, ROW) or blocks)
     if names == {"int8"} and capability >= (8, 0):
         if set(pair) <= {TENSOR, ROW}:
@@ -66,10 +67,15 @@ def is_real(gemm: Gemm | None, shape: tuple[int, int, int], capability: tuple[in
     return False
 
 
+def _cuda_version() -> tuple[int, ...]:
+    """Of torch's build; cuBLAS has scales of blocks since 12.9. Without CUDA: one that has everything."""
+    return tuple(int(part) for part in (torch.version.cuda or "99.0").split("."))
+
+
 def encoded(x_RC: Tensor, operand: Operand, counter: Counter) -> Codes:
     """Codes and steps of one operand. x_RC: any strides; R and C multiples of the tile."""
     h_GB, _ = tiles(x_RC.to(torch.float32), operand.tile)
-    random_GB = random_bits(h_GB, counter) if operand.rounding == "stochastic" else None
+    random_GB = random_of(h_GB, counter) if operand.rounding == "stochastic" else None
     if operand.second == "none":
         return Codes(*_term(h_GB, x_RC, operand, random_GB)[:2])
     codes, steps, value_GB = _term(h_GB, x_RC, operand, None)

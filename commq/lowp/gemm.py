@@ -28,10 +28,11 @@ class Gemm:
             raise ValueError(f"rotation with operands {self.first} and {self.second}: nothing to spread in a raw one")
 
     def __str__(self) -> str:
-        operands = str(self.first) if self.first == self.second else f"{self.first} x {self.second}"
+        # joined with +: a compiler that traces this does not format objects
+        operands = str(self.first) if self.first == self.second else str(self.first) + " x " + str(self.second)
         if self.rotation is None:
             return operands
-        return f"{operands} {'random ' * self.rotation.signs}hadamard {self.rotation.size}"
+        return operands + " random" * self.rotation.signs + " hadamard " + str(self.rotation.size)
 
 
 @dataclass(frozen=True, kw_only=True)

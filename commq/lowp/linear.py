@@ -17,7 +17,7 @@ from commq.lowp.gemm import Precision
 from commq.lowp.product import Plan, Product
 
 MEASURED: dict[str, int] = {}
-"""Fewest inputs and outputs from which a real GEMM gained, by format of its first operand (bench/gemm.py, H100)."""
+"""Fewest inputs and outputs from which a real GEMM gains, by format and tile of its first operand (bench/gemm.py)."""
 
 
 class Clock:
@@ -65,8 +65,8 @@ class Linear(nn.Linear):
     def _fewest(self, plan: Plan) -> int:
         if self.min_features is not None:
             return self.min_features
-        formats = (gemm.first.format.name for gemm in self.precision.gemms if gemm is not None)
-        return max((MEASURED.get(name, 0) for name in formats), default=0) if any(plan.real) else 0
+        kinds = (gemm.first.kind for gemm, real in zip(self.precision.gemms, plan.real, strict=True) if gemm and real)
+        return max((MEASURED.get(kind, 0) for kind in kinds), default=0)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.plan is None:

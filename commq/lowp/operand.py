@@ -62,7 +62,12 @@ class Operand:
         if self.is_raw:
             return self.format.name
         second = {"none": "", "all": "+all", "outliers": "+outliers"}[self.second]
-        return f"{self.format.name}/{_tile_name(self.tile)}{second}" + ":stochastic" * (self.rounding == "stochastic")
+        return f"{self.kind}{second}" + ":stochastic" * (self.rounding == "stochastic")
+
+    @property
+    def kind(self) -> str:
+        """Format and tile, such as int8/row."""
+        return f"{self.format.name}/{_tile_name(self.tile)}"
 
     @property
     def is_raw(self) -> bool:

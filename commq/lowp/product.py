@@ -69,8 +69,9 @@ class Product(torch.autograd.Function):
         step = step.clone()  # a backward pass uses the number of its forward pass
         counters, later = plan.counters(0, step), plan.counters(2, step)
         ctx.plan, ctx.dtype, ctx.tokens = plan, x_MK.dtype, x_MK.shape[0]
-        padded_MK = _padded(x_MK) if plan.real[0] or plan.real[2] else x_MK
-        x, x_t = _encode(padded_MK, forward, weight_gradient, (plan.real[0], plan.real[2]), 0, (counters, later))
+        wanted = plan.real[0], plan.real[2] and ctx.needs_input_grad[1]
+        padded_MK = _padded(x_MK) if any(wanted) else x_MK
+        x, x_t = _encode(padded_MK, forward, weight_gradient, wanted, 0, (counters, later))
         if forward is not None and x is not None:
             w, _ = real.encode(w_NK.contiguous(), forward.second, None, (counters[1], counters[1]))
             assert w is not None
@@ -135,8 +136,9 @@ def _encode(
 
 
 def _padded(x_MC: Tensor) -> Tensor:
-    """Contiguous, with rows of zeros up to a multiple of ALIGNMENT."""
-    missing = -x_MC.shape[0] % ALIGNMENT
+    """Contiguous, with rows of zeros up to a multiple of ALIGNMENT, and no fewer."""
+    tokens = x_MC.shape[0]
+    missing = max(-(-tokens // ALIGNMENT), 1) * ALIGNMENT - tokens
     return F.pad(x_MC, (0, 0, 0, missing)) if missing else x_MC.contiguous()
 
 

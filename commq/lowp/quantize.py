@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from commq.codecs.philox import random_u16
 from commq.codecs.reference import decode_blocks, encode_blocks
 from commq.lowp.operand import OUTLIER, Operand
+from commq.lowp.random import random_bits
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -38,7 +38,7 @@ def quantized(x_RC: Tensor, operand: Operand, counter: Counter) -> Tensor:
     if operand.is_raw:
         return x_RC.to(_DTYPES[operand.format.name])
     h_GB, shape = tiles(x_RC.to(torch.float32), operand.tile)
-    random_GB = random_bits(h_GB, counter) if operand.rounding == "stochastic" else None
+    random_GB = random_of(h_GB, counter) if operand.rounding == "stochastic" else None
     if operand.second == "none":
         return untiled(_coded(h_GB, operand, random_GB), shape)
     first_GB = _coded(h_GB, operand, None)
@@ -71,10 +71,10 @@ def _coded(h_GB: Tensor, operand: Operand, random_GB: Tensor | None) -> Tensor:
     return decode_blocks(codes_GB, scales_GS, groups_Q4, fmt, per_group=per_group)
 
 
-def random_bits(h_GB: Tensor, counter: Counter) -> Tensor:
-    runs = torch.arange(-(-h_GB.numel() // 16), device=h_GB.device)
-    bits = random_u16(runs, 16, seed=counter.seed, step=counter.step, stream=counter.stream)
-    return bits.reshape(-1)[: h_GB.numel()].view(h_GB.shape)
+def random_of(h_GB: Tensor, counter: Counter) -> Tensor:
+    """16 random bits for each element of tiles: int32 (G, B)."""
+    clock = counter.step.to(h_GB.device)
+    return random_bits(clock, h_GB.numel(), counter.seed, counter.stream).view(h_GB.shape)
 
 
 def tiles(x_RC: Tensor, tile: tuple[int, int]) -> tuple[Tensor, tuple[int, int, int, int]]:

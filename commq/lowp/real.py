@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib
 import os
+from functools import cache
 from types import ModuleType
 
 import torch
@@ -26,6 +27,7 @@ from commq.lowp.operand import Operand, operand
 from commq.lowp.quantize import Counter
 
 _EMPTY = (0,)
+_operand, _gemm = cache(operand), cache(read_gemm)
 
 
 def _triton(name: str, tensor: Tensor) -> ModuleType | None:
@@ -53,7 +55,7 @@ def encode(
     amax = empty if along is None else _largest(x_RC, along, 1, empty)
     amax_t = empty if across is None else _largest(x_RC, across, 0, empty)
     codes, steps, codes_t, steps_t = torch.ops.commq.lowp_encode(
-        x_RC, amax, amax_t, counters[0].step, _text(along), _text(across),
+        x_RC, amax, amax_t, counters[0].step.to(x_RC.device), _text(along), _text(across),
         [counters[0].seed, counters[0].stream, counters[1].stream],
     )  # fmt: skip
     return (Codes(codes, steps) if along is not None else None, Codes(codes_t, steps_t) if across is not None else None)
@@ -70,9 +72,10 @@ def _text(operand: Operand | None) -> str:
 
 
 def _largest(x_RC: Tensor, operand: Operand, axis: int, empty: Tensor) -> Tensor:
+    """Largest |x| of the whole or of rows, NaN if there is one: float32."""
     if operand.tile == TENSOR:
-        return x_RC.abs().amax().to(torch.float32).view(1)
-    return x_RC.abs().amax(dim=axis).to(torch.float32) if operand.tile == ROW else empty
+        return torch.linalg.vector_norm(x_RC, torch.inf).to(torch.float32).view(1)
+    return torch.linalg.vector_norm(x_RC, torch.inf, dim=axis).to(torch.float32) if operand.tile == ROW else empty
 
 
 def _outputs(x_RC: Tensor, what: Operand | None) -> tuple[Tensor, Tensor]:
@@ -94,7 +97,7 @@ def _outputs(x_RC: Tensor, what: Operand | None) -> tuple[Tensor, Tensor]:
 def _lowp_encode(
     x: Tensor, amax: Tensor, amax_t: Tensor, clock: Tensor, along: str, across: str, key: list[int]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    first, second = (operand(text) if text else None for text in (along, across))
+    first, second = (_operand(text) if text else None for text in (along, across))
     kernels = _triton("encode", x)
     outputs = [_outputs(x, first), _outputs(x.T, second)]
     if kernels is None:
@@ -131,7 +134,7 @@ def _mode(kernels: ModuleType, what: Operand | None) -> int:
 def _(
     x: Tensor, amax: Tensor, amax_t: Tensor, clock: Tensor, along: str, across: str, key: list[int]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    first, second = (operand(text) if text else None for text in (along, across))
+    first, second = (_operand(text) if text else None for text in (along, across))
     return (*_outputs(x, first), *_outputs(x.T, second))
 
 
@@ -139,7 +142,7 @@ def _(
 def _lowp_multiply(
     a: Tensor, b: Tensor, a_steps: Tensor, b_steps: Tensor, second: list[Tensor], gemm: str, dtype: torch.dtype
 ) -> Tensor:
-    what = read_gemm(gemm)
+    what = _gemm(gemm)
     if not a.is_cuda and (a.dtype != torch.int8 or _triton("int8", a) is None):
         more = (second[0], second[1], second[2]) if second else None
         on_first = what.first.second != "none"
@@ -186,8 +189,7 @@ def _int8(
         return out
     side = gemm.first.tile[0]
     if gemm.second.second != "none":  # the kernel has the second term on its first operand
-        kernels.multiply_tiles(b, a, b_steps, a_steps, out.T, rows=(side, side), columns=side, second=tuple(second))
-        return out
-    more = tuple(second) if second else None
-    kernels.multiply_tiles(a, b, a_steps, b_steps, out, rows=(side, side), columns=side, second=more)
+        kernels.multiply_tiles(b, a, b_steps, a_steps, out, side, second=tuple(second), turned=True)
+    else:
+        kernels.multiply_tiles(a, b, a_steps, b_steps, out, side, second=tuple(second) or None)
     return out

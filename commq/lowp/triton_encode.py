@@ -24,7 +24,8 @@ from commq.codecs.triton_blocks import inverse_of, lift
 
 NONE, ONE, ROW, STRIP, SQUARE = 0, 1, 2, 3, 4
 """How scales lie: not wanted; one; one a row; one for each 1 x WIDTH; one for each WIDTH x WIDTH."""
-_SCALARS = ["rows", "columns", "seed", "stream", "stream_t", "stride", "stride_t"]
+_SCALARS = ["seed", "stream", "stream_t", "stride", "stride_t"]
+"""Rows and columns are multiples of 16, and a kernel may know that."""
 
 
 @triton.jit
@@ -127,8 +128,8 @@ def encode_both(
 ) -> None:
     """Write codes and steps of x_RC and codes and steps of its transpose: those whose mode is not NONE.
 
-    x_RC: contiguous. outputs: codes (any 1-byte dtype, row-major), steps, and both of the transpose. kinds: 0 int8,
-    1 e4m3, 2 e5m2. amax: float32 for modes ONE and ROW. key: seed and both streams.
+    x_RC: contiguous, R and C multiples of 16. outputs: codes (any 1-byte dtype, row-major), steps, and both of the
+    transpose. kinds: 0 int8, 1 e4m3, 2 e5m2. amax: float32 for modes ONE and ROW. key: seed and both streams.
     """
     rows, columns = x_RC.shape
     codes, steps, codes_t, steps_t = outputs
@@ -144,5 +145,5 @@ def encode_both(
     _encode_both[grid](
         x, codes.view(torch.int8), steps, amax[0], codes_t.view(torch.int8), steps_t, amax[1], clock, rows, columns,
         steps.stride(0), steps_t.stride(0), *key, **constants, WIDTH=width, H=height, W=breadth,
-        num_warps=8 if height * breadth >= 8192 else 4,
+        num_warps=max(height * breadth // 1024, 4), enable_fp_fusion=False,
     )  # fmt: skip

@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_SCALARS = ["R", "S", "C", "a_row", "a_tile", "b_row", "b_tile", "out_row", "out_column"]
+_SCALARS = ["a_row", "a_tile", "b_row", "b_tile"]
+"""R, S and C are multiples of 16, and a kernel may know that."""
 
 
 @triton.jit
@@ -25,14 +26,23 @@ def _program(R, S, BR: tl.constexpr, BS: tl.constexpr, GROUP: tl.constexpr):
     return first + within % height, within // height
 
 
+@triton.jit
+def _store(out, value_RS, r, s, R, S, TURNED: tl.constexpr):
+    """Write a piece of the product to out (R, S), or to its transpose."""
+    inside = (r < R)[:, None] & (s < S)[None, :]
+    if TURNED:
+        places = s.to(tl.int64)[None, :] * R + r[:, None]
+    else:
+        places = r.to(tl.int64)[:, None] * S + s[None, :]
+    tl.store(out + places, value_RS.to(out.dtype.element_ty), mask=inside)
+
+
 @triton.jit(do_not_specialize=_SCALARS)
 def _rows(
-    a, b, out, a_steps, b_steps, R, S, C, a_row, a_tile, b_row, b_tile, out_row, out_column,
+    a, b, out, a_steps, b_steps, R, S, C, a_row, b_row,
     BR: tl.constexpr, BS: tl.constexpr, BC: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """Steps of rows (a_row = 1) or of the whole operand (a_row = 0)."""
-    if EVEN:
-        C = tl.multiple_of(C, 16)
+    """Steps of rows (a_row = 1) or of the whole operand (a_row = 0). EVEN: C is a multiple of BC."""
     piece_r, piece_s = _program(R, S, BR, BS, GROUP)
     r = piece_r * BR + tl.arange(0, BR)
     s = piece_s * BS + tl.arange(0, BS)
@@ -53,24 +63,19 @@ def _rows(
         b_pointers += BC
     a_R = tl.load(a_steps + tl.where(r < R, r, 0) * a_row)
     b_S = tl.load(b_steps + tl.where(s < S, s, 0) * b_row)
-    value = total.to(tl.float32) * a_R[:, None] * b_S[None, :]
-    inside = (r < R)[:, None] & (s < S)[None, :]
-    places = r.to(tl.int64)[:, None] * out_row + s.to(tl.int64)[None, :] * out_column
-    tl.store(out + places, value.to(out.dtype.element_ty), mask=inside)
+    _store(out, total.to(tl.float32) * a_R[:, None] * b_S[None, :], r, s, R, S, False)
 
 
 @triton.jit(do_not_specialize=_SCALARS)
 def _tiles(
     a, b, out, a_steps, b_steps, second, second_steps, flags, R, S, C, a_row, a_tile, b_row, b_tile,
-    out_row, out_column,
     BR: tl.constexpr, BS: tl.constexpr, BC: tl.constexpr, GROUP: tl.constexpr,
-    A_ROWS: tl.constexpr, B_ROWS: tl.constexpr, SECOND: tl.constexpr,
+    SIDE: tl.constexpr, SECOND: tl.constexpr, TURNED: tl.constexpr,
 ):  # fmt: skip
-    """Steps of tiles of A_ROWS (B_ROWS) rows and BC columns, C a multiple of BC; a_row, a_tile: their strides.
+    """Steps of tiles of SIDE rows and BC columns, C a multiple of BC; a_row, a_tile, ...: their strides.
 
-    SECOND: where a tile of a, of BR rows, is flagged, its second term is added.
+    SECOND: where a tile of a, of BR rows, is flagged, its second term is added. TURNED: out is (S, R).
     """
-    C = tl.multiple_of(C, BC)
     piece_r, piece_s = _program(R, S, BR, BS, GROUP)
     r = piece_r * BR + tl.arange(0, BR)
     s = piece_s * BS + tl.arange(0, BS)
@@ -79,8 +84,8 @@ def _tiles(
     s_in = tl.where(s < S, s, 0)
     a_offsets = r_in.to(tl.int64)[:, None] * C + c[None, :]
     b_offsets = s_in.to(tl.int64)[None, :] * C + c[:, None]
-    a_places = (r_in // A_ROWS).to(tl.int64) * a_row
-    b_places = (s_in // B_ROWS).to(tl.int64) * b_row
+    a_places = (r_in // SIDE).to(tl.int64) * a_row
+    b_places = (s_in // SIDE).to(tl.int64) * b_row
     total = tl.full([BR, BS], 0, tl.float32)
     for tile in range(0, C // BC):
         a_RC = tl.load(a + a_offsets + tile * BC)
@@ -95,20 +100,34 @@ def _tiles(
                 more_R = tl.load(second_steps + a_places + tile * a_tile)
                 product = tl.dot(more_RC, b_CS, out_dtype=tl.int32)
                 total += product.to(tl.float32) * (more_R[:, None] * b_S[None, :])
-    inside = (r < R)[:, None] & (s < S)[None, :]
-    places = r.to(tl.int64)[:, None] * out_row + s.to(tl.int64)[None, :] * out_column
-    tl.store(out + places, total.to(out.dtype.element_ty), mask=inside)
+    _store(out, total, r, s, R, S, TURNED)
 
 
-def multiply_rows(a_RC: Tensor, b_SC: Tensor, a_steps: Tensor, b_steps: Tensor, out_RS: Tensor) -> None:
-    """out = (a @ b.T) * steps. Steps: float32, one for each row, or one."""
+Config = tuple[int, int, int, int, int, int]
+"""Rows, columns and contraction of a piece, pieces of a group, warps and stages of a program."""
+CONFIGS: tuple[Config, ...] = (
+    (128, 256, 128, 8, 8, 3),
+    (128, 256, 128, 16, 8, 3),
+    (256, 128, 128, 8, 8, 3),
+    (128, 256, 64, 8, 8, 4),
+    (128, 128, 128, 8, 4, 3),
+    (128, 128, 128, 8, 8, 4),
+    (128, 128, 256, 8, 8, 2),
+)
+"""The first is used; bench/gemm.py --parts tune compares them. Sums are exact whichever it is."""
+
+
+def multiply_rows(
+    a_RC: Tensor, b_SC: Tensor, a_steps: Tensor, b_steps: Tensor, out_RS: Tensor, config: Config = CONFIGS[0]
+) -> None:
+    """out = (a @ b.T) * steps. Steps: float32, one for each row, or one. All sizes are multiples of 16."""
     (rows, contraction), others = a_RC.shape, b_SC.shape[0]
-    br, bs, bc = (128, 256, 128) if others > 128 else (128, 128, 128)
+    br, bs, bc, group, warps, stages = config
     grid = (triton.cdiv(rows, br) * triton.cdiv(others, bs),)
     _rows[grid](
-        a_RC, b_SC, out_RS, a_steps, b_steps, rows, others, contraction, int(a_steps.numel() > 1), 0,
-        int(b_steps.numel() > 1), 0, out_RS.stride(0), out_RS.stride(1),
-        BR=br, BS=bs, BC=bc, GROUP=8, EVEN=contraction % bc == 0, num_warps=8, num_stages=3,
+        a_RC, b_SC, out_RS, a_steps, b_steps, rows, others, contraction, int(a_steps.numel() > 1),
+        int(b_steps.numel() > 1), BR=br, BS=bs, BC=bc, GROUP=group, EVEN=contraction % bc == 0, num_warps=warps,
+        num_stages=stages,
     )  # fmt: skip
 
 
@@ -117,23 +136,22 @@ def multiply_tiles(
     b_SC: Tensor,
     a_steps: Tensor,
     b_steps: Tensor,
-    out_RS: Tensor,
+    out: Tensor,
+    side: int,
     *,
-    rows: tuple[int, int],
-    columns: int,
     second: tuple[Tensor, Tensor, Tensor] | None = None,
+    turned: bool = False,
 ) -> None:
-    """out = sum over tiles of (a @ b.T) * steps. Steps: (tiles of rows, tiles of columns), any strides.
+    """out = sum over tiles of (a @ b.T) * steps; turned: out is the transpose of that.
 
-    rows: those of a tile of a and of b; columns: of both. second: codes, steps and flags of the second term of a, whose
-    tiles are then 128 rows high.
+    Steps: (tiles of rows, tiles of columns) of side x side. second: codes, steps and flags of the second term of a,
+    whose tiles are then 128 x 128.
     """
-    (height, contraction), others = a_RC.shape, b_SC.shape[0]
-    grid = (triton.cdiv(height, 128) * triton.cdiv(others, 128),)
+    (rows, contraction), others = a_RC.shape, b_SC.shape[0]
+    grid = (triton.cdiv(rows, 128) * triton.cdiv(others, 128),)
     codes, steps, flags = second or (a_RC, a_steps, a_steps)
     _tiles[grid](
-        a_RC, b_SC, out_RS, a_steps, b_steps, codes, steps, flags, height, others, contraction, *a_steps.stride(),
-        *b_steps.stride(), out_RS.stride(0), out_RS.stride(1),
-        BR=128, BS=128, BC=columns, GROUP=8, A_ROWS=rows[0], B_ROWS=rows[1], SECOND=second is not None,
+        a_RC, b_SC, out, a_steps, b_steps, codes, steps, flags, rows, others, contraction, *a_steps.stride(),
+        *b_steps.stride(), BR=128, BS=128, BC=side, GROUP=8, SIDE=side, SECOND=second is not None, TURNED=turned,
         num_warps=8, num_stages=3,
     )  # fmt: skip
