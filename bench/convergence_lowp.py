@@ -5,7 +5,7 @@ A text is precision+update+recipe, later parts left out or "-" where they are as
     fp8                        GEMMs in fp8
     -+adamw8bit                moments in 8 bits
     fp8+adamw8bit+int4         both, and gradients that travel in int4
-    int8-tensor@16             with a planted outlier channel; so is the run that it is compared with
+    int8-tensor@64             with a planted outlier channel; so is the run that it is compared with
 
 Layers are never too small here: what is asked for is done, emulated where the chip has no such GEMM.
 """

@@ -123,7 +123,7 @@ LOWP_GATES = (
     Gate("FP8 moments", 0.1, "-+adamwfp8"),
     Gate("4-bit moments", 0.5, "-+adamw4bit"),
     Gate("fp8, 8-bit moments, int4 gradients", 0.5, "fp8+adamw8bit+int4"),
-    Gate("control: int8, one scale a tensor, an outlier channel", 0.25, "int8-tensor@16+-", must_fail=True),
+    Gate("control: int8, one scale a tensor, an outlier channel", 0.25, "int8-tensor@64+-", must_fail=True),
     Gate("control: int4, one scale a tensor", 1.5, "int4-tensor+-", must_fail=True),
     Gate("control: 4-bit second moments with a zero point", 0.5, "-+adamw4bit-zero", must_fail=True),
 )

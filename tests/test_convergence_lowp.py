@@ -68,7 +68,7 @@ def test_fp8_with_8_bit_moments_and_int4_in_one_process_gives_the_bits_of_proces
         ("fp8", Choice(precision="fp8"), "fp8+-"),
         ("-+adamw8bit", Choice(update="adamw8bit"), "-+adamw8bit"),
         ("fp8+adamw8bit+int4", Choice(precision="fp8", update="adamw8bit", recipe="int4"), "fp8+adamw8bit+int4"),
-        ("int8-tensor@16", Choice(precision="int8-tensor", outlier=16.0), "int8-tensor@16+-"),
+        ("int8-tensor@64", Choice(precision="int8-tensor", outlier=64.0), "int8-tensor@64+-"),
         ("-+-+int4:rotation=32", Choice(recipe="int4:rotation=32"), "int4:rotation=32"),
     ],
 )
@@ -93,20 +93,20 @@ def row(text, seed, loss):
 
 
 def test_gaps_are_to_the_baseline_with_the_same_outlier():
-    rows = [row("-", 0, 1.0), row("-@16", 0, 2.0), row("fp8", 0, 1.01), row("int8-tensor@16", 0, 2.1)]
+    rows = [row("-", 0, 1.0), row("-@64", 0, 2.0), row("fp8", 0, 1.01), row("int8-tensor@64", 0, 2.1)]
     rows += [row("-+adamw4bit", 0, 1.02), {**row("-", 0, 3.0), "update": "onebit-adam"}]
     old = {key: value for key, value in row("-", 7, 1.0).items() if key not in ("precision", "outlier", "compile")}
     gaps = {gap.recipe: gap.gaps[0] for gap in find_gaps([*rows[:-1], old])}
-    expected = {"fp32": 0.0, "-@16+-": 0.0, "fp8+-": 1.0, "int8-tensor@16+-": 5.0, "-+adamw4bit": 2.0}
+    expected = {"fp32": 0.0, "-@64+-": 0.0, "fp8+-": 1.0, "int8-tensor@64+-": 5.0, "-+adamw4bit": 2.0}
     assert gaps == {name: pytest.approx(gap) for name, gap in expected.items()}
 
 
 def test_gates_and_controls():
     seeds = range(2)
-    rows = [row("-", seed, 1.0) for seed in seeds] + [row("-@16", seed, 1.0) for seed in seeds]
+    rows = [row("-", seed, 1.0) for seed in seeds] + [row("-@64", seed, 1.0) for seed in seeds]
     rows += [row("fp8", seed, 1.001) for seed in seeds] + [row("-+adamw8bit", seed, 1.01) for seed in seeds]
     rows += [row("-+adamw4bit-zero", seed, loss) for seed, loss in enumerate((1.2, 90.0))]
-    rows += [row("int8-tensor@16", seed, 1.001) for seed in seeds]
+    rows += [row("int8-tensor@64", seed, 1.001) for seed in seeds]
     found = {line[6:].split(":")[0]: line[:4] for line in report(rows).splitlines() if line[:4] in ("PASS", "FAIL")}
     assert found["fp8 GEMMs"] == "PASS" and found["8-bit moments"] == "FAIL"
     verdicts = [line[:4] for line in report(rows).splitlines() if "control: " in line and line[:4] != "----"]
@@ -117,7 +117,7 @@ def test_a_planted_outlier_changes_no_output_and_controls_are_what_they_say():
     model = make_model()
     batch = tokens(0, 0)[:, :-1]
     before = model(batch)
-    plant_outlier(model, 16.0)
+    plant_outlier(model, 64.0)
     assert torch.equal(model(batch), before)  # a power of two
     control = make_control(model, "int8-tensor", 0, 10)
     assert "int8/tensor" in control.conversion.table()

@@ -76,8 +76,8 @@ def uncounted(state: dict) -> dict:
 
 
 def everything_resumes(out: Path) -> None:
-    """Stopped after steps 2 and 4: before and after the precision changes."""
-    for parallel, optimizer in (("ddp", "adamw8bit"), ("fsdp", "adamw8bit"), ("fsdp", "adamw4bit")):
+    """Stopped before (after 2 steps, ddp) and after (4, fsdp) the precision changes."""
+    for parallel, optimizer in (("ddp", "adamw8bit"), ("fsdp", "adamw8bit")):
         where = out / f"{parallel}-{optimizer}"
         chosen = {"parallel": parallel, "optimizer": OptimizerConfig(optimizer=optimizer, warmup=2, bf16_weights=True)}
         if parallel == "fsdp":
@@ -87,7 +87,7 @@ def everything_resumes(out: Path) -> None:
         whole, folder = rows(where), where / "checkpoints"
         newest = latest_checkpoint(folder)
         states = uncounted(load_common(newest)), uncounted(load_own(newest, dist.get_rank()))
-        for stop in (4, 2):
+        for stop in (2,) if parallel == "ddp" else (4,):
             dist.barrier()
             if dist.get_rank() == 0:
                 for path in folder.glob("step-*"):
