@@ -8,6 +8,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import commq
 import commq.lowp as lowp
+from commq.lowp.recipes import PRECISIONS
 from fsdp_cases import RAW, Net, loss, made, same_on_all_ranks, shard, whole
 from harness import process_ranks
 
@@ -41,11 +42,10 @@ def same(a, b):
 @process_ranks(2)
 def test_recipes_under_ddp_and_fsdp():
     seen = {}
-    for recipe in lowp.recipes():
-        if recipe == "fp4-tpt":  # its layers have names that this model lacks
-            continue
-        seen[recipe] = trained(recipe, ddp)
-        assert same(trained(recipe, fsdp), seen[recipe]), recipe
+    for recipe, precision in PRECISIONS.items():
+        policy = {"default": precision.plain()}
+        seen[recipe] = trained(policy, ddp)
+        assert same(trained(policy, fsdp), seen[recipe]), recipe
         assert all(same_on_all_ranks(p) for p in seen[recipe].values()), recipe
         assert all(bool(p.isfinite().all()) for p in seen[recipe].values()), recipe
     names = list(seen)

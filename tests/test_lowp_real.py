@@ -139,15 +139,18 @@ def test_int8_products_in_triton(interpreted, text, shape, dtype):
     assert float((found - want).abs().max()) <= rounding * float(want.abs().max())
 
 
-@pytest.mark.parametrize("recipe", ["fp8", "int8-fallback"])
-def test_one_graph_holds_all_of_it(recipe):
+@pytest.mark.parametrize(("recipe", "autocast"), [("fp8", False), ("int8", True)])
+def test_one_graph_holds_all_of_it(recipe, autocast):
+    """As they are on a GPU, and emulated."""
     model = nn.Sequential(nn.Linear(128, 256), nn.GELU(), nn.Linear(256, 128))
-    for layer in lowp.convert(model, recipe).modules.values():
-        size = layer.out_features, layer.in_features
-        layer.plan = Plan.of(layer.precision, size, HOPPER, name=layer.name, seed=0, rank=0)
+    first, second = lowp.convert(model, recipe).modules.values()
+    size = first.out_features, first.in_features
+    first.plan = Plan.of(first.precision, size, HOPPER, name=first.name, seed=0, rank=0)
     x = torch.randn(2, 128, 128, requires_grad=True)
     found = []
     for run in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
-        y = run(x)
-        found.append((y, *torch.autograd.grad(y.square().sum(), (x, model[0].weight, model[2].bias))))
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            y = run(x)
+            loss = y.float().square().sum()
+        found.append((y, *torch.autograd.grad(loss, (x, first.weight, second.weight, second.bias))))
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from commq.lowp.gemm import GEMMS, Precision
 from commq.lowp.linear import Clock, Linear
@@ -115,6 +116,8 @@ def convert(model: nn.Module, policy: str | Mapping[str, Any] | Policy, *, seed:
         )
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed={seed}: expected 0 <= seed < 2**32")
+    if any(isinstance(module.weight, DTensor) for module in modules.values()):
+        raise ValueError("a weight is a DTensor already; convert the model before it is sharded")
     blocks = block_names(model)
     policy.choose(list(modules), blocks)  # raises before anything is changed
     clock = Clock()

@@ -86,35 +86,41 @@ class Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy_MN: Tensor) -> tuple[Tensor | None, ...]:
-        w_NK, step, *saved = ctx.saved_tensors
-        watched, saved = saved[: ctx.watched], saved[ctx.watched :]
-        plan: Plan = ctx.plan
-        _, input_gradient, weight_gradient = plan.precision.gemms
-        counters, later = plan.counters(1, step), plan.counters(2, step)
-        needs_dx, needs_dw = ctx.needs_input_grad[:2]
-        wanted = plan.real[1] and needs_dx, plan.real[2] and needs_dw
-        padded_MN = _padded(dy_MN) if any(wanted) else dy_MN
-        dy, dy_t = _encode(padded_MN, input_gradient, weight_gradient, wanted, 1, (counters, later))
-        dx_MK = dw_NK = None
-        if input_gradient is not None and dy is not None:
-            _, w_t = real.encode(w_NK.contiguous(), None, input_gradient.second, (counters[1], counters[1]))
-            assert w_t is not None
-            dx_MK = real.multiply(dy, w_t, input_gradient, ctx.dtype)[: ctx.tokens]
-        elif needs_dx:
-            dx_MK = _multiply(dy_MN, w_NK.T, input_gradient, counters, ctx.dtype)
-        if weight_gradient is not None and dy_t is not None:
-            x_t = Codes(saved[0], saved[1], (saved[2], saved[3], saved[4]) if len(saved) > 2 else None)
-            dw_NK = real.multiply(dy_t, x_t, weight_gradient, ctx.dtype).to(w_NK.dtype)
-        elif needs_dw:
-            dw_NK = _multiply(dy_MN.T, saved[0].T, weight_gradient, later, w_NK.dtype)
-        if not watched:
-            return dx_MK, dw_NK, None, None, None
-        sums = (
-            watched[1],
-            measure(dy_MN, w_NK.T, input_gradient, counters, needs_dx),
-            measure(dy_MN.T, watched[0].T, weight_gradient, later, needs_dw),
-        )
-        return dx_MK, dw_NK, None, None, torch.cat(sums)
+        # A compiler traces this where the forward pass runs, under its autocast.
+        with torch.autocast(dy_MN.device.type, enabled=False):
+            return _gradients(ctx, dy_MN)
+
+
+def _gradients(ctx: Any, dy_MN: Tensor) -> tuple[Tensor | None, ...]:
+    w_NK, step, *saved = ctx.saved_tensors
+    watched, saved = saved[: ctx.watched], saved[ctx.watched :]
+    plan: Plan = ctx.plan
+    _, input_gradient, weight_gradient = plan.precision.gemms
+    counters, later = plan.counters(1, step), plan.counters(2, step)
+    needs_dx, needs_dw = ctx.needs_input_grad[:2]
+    wanted = plan.real[1] and needs_dx, plan.real[2] and needs_dw
+    padded_MN = _padded(dy_MN) if any(wanted) else dy_MN
+    dy, dy_t = _encode(padded_MN, input_gradient, weight_gradient, wanted, 1, (counters, later))
+    dx_MK = dw_NK = None
+    if input_gradient is not None and dy is not None:
+        _, w_t = real.encode(w_NK.contiguous(), None, input_gradient.second, (counters[1], counters[1]))
+        assert w_t is not None
+        dx_MK = real.multiply(dy, w_t, input_gradient, ctx.dtype)[: ctx.tokens]
+    elif needs_dx:
+        dx_MK = _multiply(dy_MN, w_NK.T, input_gradient, counters, ctx.dtype)
+    if weight_gradient is not None and dy_t is not None:
+        x_t = Codes(saved[0], saved[1], (saved[2], saved[3], saved[4]) if len(saved) > 2 else None)
+        dw_NK = real.multiply(dy_t, x_t, weight_gradient, ctx.dtype).to(w_NK.dtype)
+    elif needs_dw:
+        dw_NK = _multiply(dy_MN.T, saved[0].T, weight_gradient, later, w_NK.dtype)
+    if not watched:
+        return dx_MK, dw_NK, None, None, None
+    sums = (
+        watched[1],
+        measure(dy_MN, w_NK.T, input_gradient, counters, needs_dx),
+        measure(dy_MN.T, watched[0].T, weight_gradient, later, needs_dw),
+    )
+    return dx_MK, dw_NK, None, None, torch.cat(sums)
 
 
 def _encode(

@@ -72,9 +72,9 @@ def _text(operand: Operand | None) -> str:
 
 
 def _largest(x_RC: Tensor, operand: Operand, axis: int, empty: Tensor) -> Tensor:
-    """Largest |x| of the whole or of rows, NaN if there is one: float32."""
-    if operand.tile == TENSOR:
-        return torch.linalg.vector_norm(x_RC, torch.inf).to(torch.float32).view(1)
+    """Largest |x| of the whole, or for each index of the axis that is not `axis`; NaN if there is one: float32."""
+    if operand.tile == TENSOR:  # rows first: a compiler fuses that with a norm or an activation before it
+        return torch.linalg.vector_norm(x_RC, torch.inf, dim=1).amax().to(torch.float32).view(1)
     return torch.linalg.vector_norm(x_RC, torch.inf, dim=axis).to(torch.float32) if operand.tile == ROW else empty
 
 
