@@ -17,6 +17,7 @@ CASES = [
     (AdamW4bit, torch.bfloat16, (9, 515), False, "subnormal"),
     (AdamWFp8, torch.bfloat16, (17, 256), True, "huge"),
     (AdamW8bit, torch.float16, (64, 77), False, "nan"),
+    (AdamW4bit, torch.float32, (20, 320), False, "normal"),  # rows of codes are multiples of 16 bytes
 ]
 
 

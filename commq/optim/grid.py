@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 
 import torch
@@ -33,21 +34,21 @@ class Grid:
     offset: tuple[int, ...]
     """Where this rank's part begins in the whole."""
 
-    @property
+    @cached_property
     def rows(self) -> int:
         """Of this rank."""
         return prod(self.local_shape[: self.leading])
 
-    @property
+    @cached_property
     def width(self) -> int:
         """Elements that this rank has of a row."""
         return prod(self.local_shape[self.leading :])
 
-    @property
+    @cached_property
     def full_width(self) -> int:
         return prod(self.shape[self.leading :])
 
-    @property
+    @cached_property
     def first_column(self) -> int:
         """Where this rank's part of a row begins in the whole row."""
         column = 0

@@ -76,10 +76,12 @@ class MomentFormat:
 
     def tables(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """float32: what every code's magnitude stands for, and the edges above them; padded with 1 and infinity."""
-        return _tables(self.levels, 1 << self.magnitude_bits, device)
+        found: tuple[Tensor, Tensor] | None = self.__dict__.get(f"tables on {device}")  # hashing levels takes longer
+        if found is None:
+            found = self.__dict__[f"tables on {device}"] = _tables(self.levels, 1 << self.magnitude_bits, device)
+        return found
 
 
-@functools.cache
 def _tables(levels: tuple[float, ...], count: int, device: torch.device) -> tuple[Tensor, Tensor]:
     values = torch.tensor(levels, dtype=torch.float32)
     edges = (values[:-1] + values[1:]) * 0.5

@@ -72,8 +72,14 @@ def _encode(x_GB, codes, scales, edges, at_GP, inside_GP, block_G, exists_G, LOW
 
 
 @triton.jit
-def _places(rows, width, code_bytes, blocks, BITS: tl.constexpr, G: tl.constexpr, B: tl.constexpr):
-    """Where the elements, codes and scales of this program's blocks stand, and which of them exist."""
+def _places(rows, width, code_bytes, blocks, EVEN: tl.constexpr, BITS: tl.constexpr, G: tl.constexpr, B: tl.constexpr):
+    """Where the elements, codes and scales of this program's blocks stand, and which of them exist.
+
+    EVEN: rows of elements and of codes are multiples of 16 long, so 16 bytes can be loaded and stored at a time.
+    """
+    if EVEN:
+        width = tl.multiple_of(width, 16)
+        code_bytes = tl.multiple_of(code_bytes, 16)
     block_G = tl.program_id(0).to(tl.int64) * G + tl.arange(0, G)
     exists_G = block_G < rows.to(tl.int64) * blocks
     row_G = block_G // blocks
@@ -116,11 +122,11 @@ def _update(
     rows, width, code_bytes, blocks, first_column, padded_width, seed, stream, step_low, step_high,
     beta1, gain1, beta2, gain2, step_size, inverse_root, eps, decay,
     BITS: tl.constexpr, M_LOWEST: tl.constexpr, R_LOWEST: tl.constexpr, R_SIGNED: tl.constexpr,
-    STOCHASTIC: tl.constexpr, CLIPS: tl.constexpr, G: tl.constexpr, B: tl.constexpr,
+    STOCHASTIC: tl.constexpr, CLIPS: tl.constexpr, EVEN: tl.constexpr, G: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
     """decay: the factor of x; where the step is clipped, lr * weight_decay."""
     block_G, exists_G, row_G, column_GB, at_GB, at_GP, inside_GB, inside_GP = _places(
-        rows, width, code_bytes, blocks, BITS, G, B
+        rows, width, code_bytes, blocks, EVEN, BITS, G, B
     )
     g_GB = to_float(tl.load(grad + at_GB, mask=inside_GB, other=0))
     x_GB = to_float(tl.load(x + at_GB, mask=inside_GB, other=0))
@@ -148,9 +154,11 @@ def _update(
 @triton.jit(do_not_specialize=["rows", "width", "code_bytes", "blocks"])
 def _excess(
     grad, r_codes, r_scales, r_levels, sums, rows, width, code_bytes, blocks, beta2, gain2, inverse_root, eps,
-    BITS: tl.constexpr, R_SIGNED: tl.constexpr, G: tl.constexpr, B: tl.constexpr,
+    BITS: tl.constexpr, R_SIGNED: tl.constexpr, EVEN: tl.constexpr, G: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
-    block_G, exists_G, _, _, at_GB, at_GP, inside_GB, inside_GP = _places(rows, width, code_bytes, blocks, BITS, G, B)
+    block_G, exists_G, _, _, at_GB, at_GP, inside_GB, inside_GP = _places(
+        rows, width, code_bytes, blocks, EVEN, BITS, G, B
+    )
     g_GB = to_float(tl.load(grad + at_GB, mask=inside_GB, other=0))
     r_GB = _decode(r_codes, r_scales, r_levels, at_GP, inside_GP, block_G, exists_G, BITS, R_SIGNED, G, B)
     r_GB = _root(tl.where(inside_GB, r_GB, 0.0), g_GB, beta2, gain2)
@@ -180,7 +188,7 @@ def _update_part(part: Part, formats: tuple[MomentFormat, MomentFormat], numbers
             numbers.beta1, 1.0 - numbers.beta1, numbers.beta2, 1.0 - numbers.beta2, numbers.step_size,
             numbers.inverse_root, numbers.eps, 1.0 - lost if factor is None else lost,
             M_LOWEST=first.lowest, R_LOWEST=root.lowest, STOCHASTIC=rounding is not None, CLIPS=factor is not None,
-            **_constants(formats),
+            **_constants(grid, formats),
         )  # fmt: skip
     if target is not x:
         x.copy_(target)
@@ -197,7 +205,7 @@ def excess(
             _excess[_programs(grid, root)](
                 _pointer(grad.contiguous()), moments.root_codes, moments.root_scales, root.tables(grad.device)[0], sums,
                 *_sizes(grid, root), numbers.beta2, 1.0 - numbers.beta2, numbers.inverse_root, numbers.eps,
-                **_constants(formats),
+                **_constants(grid, formats),
             )  # fmt: skip
     return sums.sum()
 
@@ -210,9 +218,10 @@ def _sizes(grid: Grid, fmt: MomentFormat) -> list[int]:
     return [grid.rows, grid.width, fmt.code_bytes(grid.width), fmt.blocks(grid.width)]
 
 
-def _constants(formats: tuple[MomentFormat, MomentFormat]) -> dict[str, Any]:
+def _constants(grid: Grid, formats: tuple[MomentFormat, MomentFormat]) -> dict[str, Any]:
     first, root = formats
     return {
+        "EVEN": grid.width % 16 == 0 and first.code_bytes(grid.width) % 16 == 0,
         "BITS": first.bits,
         "R_SIGNED": root.signed,
         "G": max(1, _TILE // first.block),
