@@ -77,9 +77,9 @@ def _places(rows, width, code_bytes, blocks, EVEN: tl.constexpr, BITS: tl.conste
 
     EVEN: rows of elements and of codes are multiples of 16 long, so 16 bytes can be loaded and stored at a time.
     """
+    width, code_bytes = width.to(tl.int64), code_bytes.to(tl.int64)
     if EVEN:
-        width = tl.multiple_of(width, 16)
-        code_bytes = tl.multiple_of(code_bytes, 16)
+        width, code_bytes = tl.multiple_of(width, 16), tl.multiple_of(code_bytes, 16)
     block_G = tl.program_id(0).to(tl.int64) * G + tl.arange(0, G)
     exists_G = block_G < rows.to(tl.int64) * blocks
     row_G = block_G // blocks
