@@ -72,6 +72,20 @@ def test_int8_products(text, shape, dtype):
     assert float((found - want).abs().max()) <= rounding * float(want.abs().max())
 
 
+def test_configurations_of_the_int8_kernel():
+    """The same bits: sums are whole numbers."""
+    kernels = pytest.importorskip("commq.lowp.triton_int8")
+    a, b = (torch.randint(-127, 128, (rows, 1104), dtype=torch.int8, device="cuda") for rows in (4000, 2512))
+    steps = torch.rand(4000, 1, device="cuda"), torch.rand(2512, 1, device="cuda")
+    want = (a.double() @ b.double().T).float() * steps[0] * steps[1].T
+    for config in kernels.CONFIGS:
+        if config.descriptors and capability() < (9, 0):
+            continue
+        out = torch.empty(4000, 2512, device="cuda")
+        kernels.multiply_rows(a, b, *steps, out, config)
+        assert torch.equal(out, want), config
+
+
 @pytest.mark.parametrize("recipe", REAL)
 @pytest.mark.parametrize("tokens", [1024, 200])
 def test_real_products_obey_their_bound(recipe, tokens):

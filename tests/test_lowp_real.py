@@ -18,9 +18,10 @@ from commq.lowp import real
 from commq.lowp.codes import is_real
 from commq.lowp.gemm import gemm
 from commq.lowp.operand import operand
-from commq.lowp.product import Plan
+from commq.lowp.product import Plan, Product
 from commq.lowp.quantize import quantized
 from commq.lowp.random import random_bits
+from commq.lowp.recipes import PRECISIONS
 from lowp_cases import INT8_PRODUCTS, PAIRS, REAL, counter, hard_input, products
 
 HOPPER = (9, 0)
@@ -40,6 +41,16 @@ def test_real_and_emulated_products_are_the_same(recipe, tokens):
         if tokens % 128 and i and recipe in ("int8-block", "int8-fallback"):
             continue
         assert float((a - b).abs().max() / b.abs().max()) < 1e-6
+
+
+@pytest.mark.parametrize(("capability", "nbytes"), [(HOPPER, 256 * 128 + 4), (None, 256 * 128 * 4)])
+def test_a_real_weight_gradient_saves_codes_instead_of_activations(capability, nbytes):
+    saved = []
+    x, w = torch.randn(256, 128), torch.randn(384, 128, requires_grad=True)
+    plan = Plan.of(PRECISIONS["fp8"], (384, 128), capability, name="layer", seed=1, rank=0)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        Product.apply(x, w, torch.tensor(7), plan, None)
+    assert sum(t.numel() * t.element_size() for t in saved if t is not w) == nbytes + 8  # and the step
 
 
 def test_what_is_real():
@@ -137,6 +148,18 @@ def test_int8_products_in_triton(interpreted, text, shape, dtype):
     found = real.multiply(first, second, how, dtype).float()
     rounding = 2.0**-20 if dtype == torch.float32 else 2.0**-7  # the interpreter cuts bfloat16 off
     assert float((found - want).abs().max()) <= rounding * float(want.abs().max())
+
+
+@pytest.mark.parametrize("descriptors", [False, True])
+def test_configurations_of_the_int8_kernel(interpreted, descriptors):
+    """The same bits: sums are whole numbers. 320 x 176 pieces, more than there are programs; the contraction is no
+    multiple of a piece's."""
+    kernels = importlib.import_module("commq.lowp.triton_int8")
+    a, b = (torch.randint(-127, 128, (rows, 80), dtype=torch.int8) for rows in (320, 176))
+    steps, out = (torch.rand(320, 1), torch.rand(176, 1)), torch.empty(320, 176)
+    config = kernels.Config(rows=64, columns=64, contraction=64, descriptors=descriptors)
+    kernels.multiply_rows(a, b, *steps, out, config)
+    assert torch.equal(out, (a.float() @ b.float().T) * steps[0] * steps[1].T)
 
 
 @pytest.mark.parametrize(("recipe", "autocast"), [("fp8", False), ("int8", True)])

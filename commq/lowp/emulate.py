@@ -18,7 +18,8 @@ FIRST, SECOND, SIGNS = 0, 1, 2
 def emulated(a_RC: Tensor, b_SC: Tensor, gemm: Gemm, counters: tuple[Counter, Counter, Counter]) -> Tensor:
     """a @ b.T with operands as `gemm` says: (R, S), float32, or the dtype of raw operands.
 
-    The product is exact in its operands but for float32 sums. counters: of both operands and of the signs.
+    The product is exact in its operands but for float32 sums (torch's default: no TF32). counters: of both operands and
+    of the signs.
     """
     if gemm.rotation is not None:
         a_RC, b_SC = (rotated(each, gemm.rotation, counters[SIGNS]) for each in (a_RC, b_SC))

@@ -5,6 +5,9 @@ Both operands lie along the contraction, as Hopper's INT8 tensor cores need them
 tile of the contraction, float32 beyond it.
 """
 
+from dataclasses import dataclass
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -14,9 +17,8 @@ _SCALARS = ["a_row", "a_tile", "b_row", "b_tile"]
 
 
 @triton.jit
-def _program(R, S, BR: tl.constexpr, BS: tl.constexpr, GROUP: tl.constexpr):
-    """Which piece of the output a program computes: neighbours share operands in the cache."""
-    number = tl.program_id(0)
+def _place(number, R, S, BR: tl.constexpr, BS: tl.constexpr, GROUP: tl.constexpr):
+    """Which piece of the output has this number: neighbours share operands in the cache."""
     across = (S + BS - 1) // BS
     down = (R + BR - 1) // BR
     group = number // (GROUP * across)
@@ -43,7 +45,7 @@ def _rows(
     BR: tl.constexpr, BS: tl.constexpr, BC: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """Steps of rows (a_row = 1) or of the whole operand (a_row = 0). EVEN: C is a multiple of BC."""
-    piece_r, piece_s = _program(R, S, BR, BS, GROUP)
+    piece_r, piece_s = _place(tl.program_id(0), R, S, BR, BS, GROUP)
     r = piece_r * BR + tl.arange(0, BR)
     s = piece_s * BS + tl.arange(0, BS)
     c = tl.arange(0, BC)
@@ -67,6 +69,28 @@ def _rows(
 
 
 @triton.jit(do_not_specialize=_SCALARS)
+def _rows_by_descriptor(
+    a, b, out, a_steps, b_steps, R, S, C, a_row, b_row,
+    BR: tl.constexpr, BS: tl.constexpr, BC: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """As `_rows`; a and b are descriptors of pieces (the copy engine of Hopper loads them), each program makes several
+    pieces of the output."""
+    pieces = ((R + BR - 1) // BR) * ((S + BS - 1) // BS)
+    for number in tl.range(tl.program_id(0), pieces, tl.num_programs(0), flatten=True):
+        piece_r, piece_s = _place(number, R, S, BR, BS, GROUP)
+        total = tl.full([BR, BS], 0, tl.int32)
+        for tile in range(0, (C + BC - 1) // BC):
+            a_RC = a.load([piece_r * BR, tile * BC])
+            b_SC = b.load([piece_s * BS, tile * BC])
+            total = tl.dot(a_RC, b_SC.T, total, out_dtype=tl.int32)
+        r = piece_r * BR + tl.arange(0, BR)
+        s = piece_s * BS + tl.arange(0, BS)
+        a_R = tl.load(a_steps + tl.where(r < R, r, 0) * a_row)
+        b_S = tl.load(b_steps + tl.where(s < S, s, 0) * b_row)
+        _store(out, total.to(tl.float32) * a_R[:, None] * b_S[None, :], r, s, R, S, False)
+
+
+@triton.jit(do_not_specialize=_SCALARS)
 def _tiles(
     a, b, out, a_steps, b_steps, second, second_steps, flags, R, S, C, a_row, a_tile, b_row, b_tile,
     BR: tl.constexpr, BS: tl.constexpr, BC: tl.constexpr, GROUP: tl.constexpr,
@@ -76,7 +100,7 @@ def _tiles(
 
     SECOND: where a tile of a, of BR rows, is flagged, its second term is added. TURNED: out is (S, R).
     """
-    piece_r, piece_s = _program(R, S, BR, BS, GROUP)
+    piece_r, piece_s = _place(tl.program_id(0), R, S, BR, BS, GROUP)
     r = piece_r * BR + tl.arange(0, BR)
     s = piece_s * BS + tl.arange(0, BS)
     c = tl.arange(0, BC)
@@ -103,16 +127,30 @@ def _tiles(
     _store(out, total, r, s, R, S, TURNED)
 
 
-Config = tuple[int, int, int, int, int, int]
-"""Rows, columns and contraction of a piece, pieces of a group, warps and stages of a program."""
-CONFIGS: tuple[Config, ...] = (
-    (128, 256, 128, 8, 8, 3),
-    (128, 256, 128, 16, 8, 3),
-    (256, 128, 128, 8, 8, 3),
-    (128, 256, 64, 8, 8, 4),
-    (128, 128, 128, 8, 4, 3),
-    (128, 128, 128, 8, 8, 4),
-    (128, 128, 256, 8, 8, 2),
+@dataclass(frozen=True)
+class Config:
+    """How the kernel of rows is cut: rows, columns and contraction of a piece, pieces that share operands in the cache,
+    warps and pipeline stages of a program; by descriptors (Hopper and later) or by pointers."""
+
+    rows: int = 128
+    columns: int = 256
+    contraction: int = 128
+    group: int = 8
+    warps: int = 8
+    stages: int = 3
+    descriptors: bool = False
+
+
+CONFIGS = (
+    Config(),
+    Config(descriptors=True),
+    Config(stages=4, descriptors=True),
+    Config(group=16, descriptors=True),
+    Config(rows=256, columns=128),
+    Config(rows=256, columns=128, descriptors=True),
+    Config(columns=128, warps=4),
+    Config(columns=128, stages=4),
+    Config(columns=128, stages=4, descriptors=True),
 )
 """The first is used; bench/gemm.py --parts tune compares them. Sums are exact whichever it is."""
 
@@ -122,13 +160,21 @@ def multiply_rows(
 ) -> None:
     """out = (a @ b.T) * steps. Steps: float32, one for each row, or one. All sizes are multiples of 16."""
     (rows, contraction), others = a_RC.shape, b_SC.shape[0]
-    br, bs, bc, group, warps, stages = config
-    grid = (triton.cdiv(rows, br) * triton.cdiv(others, bs),)
-    _rows[grid](
-        a_RC, b_SC, out_RS, a_steps, b_steps, rows, others, contraction, int(a_steps.numel() > 1),
-        int(b_steps.numel() > 1), BR=br, BS=bs, BC=bc, GROUP=group, EVEN=contraction % bc == 0, num_warps=warps,
-        num_stages=stages,
-    )  # fmt: skip
+    pieces = triton.cdiv(rows, config.rows) * triton.cdiv(others, config.columns)
+    scalars = rows, others, contraction, int(a_steps.numel() > 1), int(b_steps.numel() > 1)
+    cut = {"BR": config.rows, "BS": config.columns, "BC": config.contraction, "GROUP": config.group}
+    launch = {"num_warps": config.warps, "num_stages": config.stages}
+    if config.descriptors:
+        from triton.tools.tensor_descriptor import TensorDescriptor
+
+        a = TensorDescriptor.from_tensor(a_RC, [config.rows, config.contraction])
+        b = TensorDescriptor.from_tensor(b_SC, [config.columns, config.contraction])
+        programs = torch.cuda.get_device_properties(a_RC.device).multi_processor_count if a_RC.is_cuda else 3
+        grid = (min(pieces, programs),)
+        _rows_by_descriptor[grid](a, b, out_RS, a_steps, b_steps, *scalars, **cut, **launch)
+    else:
+        even = contraction % config.contraction == 0
+        _rows[(pieces,)](a_RC, b_SC, out_RS, a_steps, b_steps, *scalars, **cut, EVEN=even, **launch)
 
 
 def multiply_tiles(
