@@ -17,8 +17,8 @@ class PrecisionConfig:
     fallback_steps: int = 50
     """Steps until the schedule's precision holds again."""
     monitor_every: int = 0
-    """Steps between two measurements of SQNR, underflow and overflow of each layer's operands, by rank 0; costs about
-    one more quantization of all operands in these steps, and a wait for the device. 0: never."""
+    """Steps between two measurements of SQNR, underflow and overflow of each layer's operands, by rank 0; such a step
+    quantizes all operands once more, emulated, and waits for the device (on a CPU it takes twice as long). 0: never."""
     compile: bool = False
     """torch.compile attention and MLP of each block."""
 
