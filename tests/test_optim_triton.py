@@ -12,11 +12,11 @@ from commq.optim import AdamW4bit, AdamW8bit, AdamWFp8, adamw_step, low_bit
 
 CASES = [
     # kind, dtype, shape, update clipping, gradients
-    (AdamW8bit, torch.float32, (5, 1000), False, "normal"),
+    (AdamW8bit, torch.float32, (5, 900), False, "normal"),
     (AdamW4bit, torch.float32, (33, 130), True, "normal"),
-    (AdamW4bit, torch.bfloat16, (9, 515), False, "subnormal"),
-    (AdamWFp8, torch.bfloat16, (17, 256), True, "huge"),
-    (AdamW8bit, torch.float16, (64, 77), False, "nan"),
+    (AdamW4bit, torch.bfloat16, (8, 515), False, "subnormal"),
+    (AdamWFp8, torch.bfloat16, (16, 257), True, "huge"),
+    (AdamW8bit, torch.float16, (54, 77), False, "nan"),
     (AdamW4bit, torch.float32, (20, 320), False, "normal"),  # rows of codes are multiples of 16 bytes
 ]
 
@@ -38,7 +38,7 @@ def states(case, device, backend):
     generator = torch.Generator().manual_seed(0)
     p = torch.nn.Parameter(torch.randn(shape, generator=generator).to(device, dtype))
     optimizer = kind([p], lr=0.01, update_clipping=clips, stochastic_rounding=True, seed=7, backend=backend)
-    for _ in range(3):
+    for _ in range(2):
         p.grad = gradient(grads, shape, generator).to(device, dtype)
         optimizer.step()
         yield {"parameter": p.detach().cpu(), **{name: t.cpu() for name, t in optimizer.state[p].items()}}

@@ -146,6 +146,8 @@ class Spoiled(Trainer):
 def spoiled(out: Path, spoil: dict[int, float], guard: GuardConfig, steps: int, fallback: str = "bf16") -> Spoiled:
     lowp = PrecisionConfig(precision="int8", fallback=fallback, fallback_steps=3)
     settings = config(out, steps=steps, lowp=lowp, guard=guard)
+    small, data = replace(MODEL, layers=1), replace(settings.data, accumulate=1)
+    settings = replace(settings, model=small, data=data)
     corpus = load_corpus(None, max_mb=0.1, context=MODEL.context)
     trainer = Spoiled(settings, commq.recipe("int4"), corpus, this_rank())
     trainer.spoil = spoil
@@ -179,8 +181,8 @@ def test_watching_names_the_origin_and_lets_spikes_pass(tmp_path):
         trainer.train_step()
     assert len(trainer.guard.events) == 1 and "is a spike; bf16 until step 27" in trainer.guard.events[0]
     with torch.no_grad():
-        trainer.ddp.module.blocks[1].mlp[0].weight[3, 5] = math.inf
-    with pytest.raises(FloatingPointError, match=r"rank 0: weight module\.blocks\.1\.mlp\.0\.weight is not finite"):
+        trainer.ddp.module.blocks[0].mlp[0].weight[3, 5] = math.inf
+    with pytest.raises(FloatingPointError, match=r"rank 0: weight module\.blocks\.0\.mlp\.0\.weight is not finite"):
         trainer.train_step()
     with pytest.raises(FloatingPointError, match="there is no good state yet"):
         spoiled(tmp_path, {1: math.inf}, GuardConfig(guard="rollback"), steps=40).train_step()
@@ -209,7 +211,7 @@ def test_overflowing_gradients_are_skipped_and_the_loss_scale_halved(tmp_path):
     for parallel in ("ddp", "fsdp"):
         guard = GuardConfig(loss_scale="dynamic")
         lowp = PrecisionConfig(precision="fp8")
-        settings = config(tmp_path / parallel, parallel=parallel, guard=guard, lowp=lowp, steps=4)
+        settings = config(tmp_path / parallel, parallel=parallel, guard=guard, lowp=lowp, steps=2)
         run = Run(settings, this_rank())
         run.trainer.scaler._init_scale = 2.0**127  # overflows
         run.execute()
