@@ -221,6 +221,16 @@ def test_statistics():
     assert not conversion.statistics()
 
 
+def test_the_share_of_fallback_tiles_is_reported():
+    layer = nn.Linear(512, 32)
+    conversion = lowp.convert(layer, {"default": {"forward": "int8/128x128+outliers x int8/128x128"}})
+    conversion.watch()
+    x = torch.randn(256, 512)
+    x[5, 7] = 1000.0
+    layer(x).sum().backward()
+    assert [each.fallback for each in conversion.statistics()] == [1 / 8, 0.0]
+
+
 def conversion_values(x, text):
     from commq.lowp.quantize import Counter, quantized
 
