@@ -154,6 +154,18 @@ def spoiled(out: Path, spoil: dict[int, float], guard: GuardConfig, steps: int, 
     return trainer
 
 
+@process_ranks(1)
+def test_layers_that_were_replaced_after_conversion_are_refused(tmp_path):
+    class Replaced(Trainer):
+        def _attach(self, model, recipe):
+            model.blocks[1].mlp = torch.nn.Identity()
+            return super()._attach(model, recipe)
+
+    corpus = load_corpus(None, max_mb=0.1, context=MODEL.context)
+    with pytest.raises(ValueError, match=r"layer blocks\.1\.mlp\.0 is shared out or replaced"):
+        Replaced(config(tmp_path), commq.recipe("int4"), corpus, this_rank())
+
+
 @process_ranks(2)
 def test_a_spike_is_rolled_back_on_every_rank(tmp_path):
     trainer = spoiled(tmp_path, {24: 100.0, 26: math.nan}, ROLLBACK, steps=40)

@@ -28,6 +28,17 @@ def make_control(model: nn.Module, config: Config) -> Control | None:
     return Control(conversion, plan, fallback=fallback, fallback_steps=config.lowp.fallback_steps)
 
 
+def check_layers(control: Control, model: nn.Module) -> None:
+    """ValueError if the model was taken apart after its layers were converted: they would compute something else."""
+    layers = {id(module) for module in model.modules()}
+    for name, layer in control.conversion.modules.items():
+        if id(layer) not in layers or layer.weight.shape != (layer.out_features, layer.in_features):
+            raise ValueError(
+                f"--precision with a model in parts: layer {name} is shared out or replaced; expected --parallel ddp, "
+                "fsdp or hsdp alone"
+            )
+
+
 def describe(config: Config) -> str:
     """Every policy that may hold, and when, as text: what a resumed run must have in common with its checkpoint.
 

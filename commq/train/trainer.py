@@ -21,7 +21,7 @@ from commq.train.data import Corpus, train_batch, val_batches
 from commq.train.guard import Guard
 from commq.train.model import GPT, next_byte_loss
 from commq.train.optimizer import learning_rate, make_comm_optimizer, make_optimizer
-from commq.train.precision import compile_blocks, make_control
+from commq.train.precision import check_layers, compile_blocks, make_control
 from commq.train.ranks import Ranks
 
 
@@ -42,10 +42,14 @@ class Trainer:
         self.handle: Any
         self.optimizer: Optimizer
         self.ddp, self.handle, self.optimizer = self._attach(model, recipe)
+        if self.control is not None:
+            check_layers(self.control, self.ddp)
         self.recipe = self.optimizer.recipe if isinstance(self.optimizer, CommOptimizer) else recipe
         """How gradients travel, or what the optimizer sends in their place."""
         self._autocast = torch.autocast("cuda", torch.bfloat16, enabled=ranks.device.type == "cuda")
         self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=config.guard.loss_scale == "dynamic")
+        if self.scaler.is_enabled() and not self.synchronized:
+            raise ValueError("--loss-scale dynamic with a model in parts: ranks would skip different steps")
         self.guard = Guard(config.guard, self)
         self.statistics: list[Statistic] = []
         """What quantization did in this step, on rank 0, if it was watched."""
