@@ -308,3 +308,28 @@ def test_wrong_precisions_are_refused_and_the_report_has_what_it_says(tmp_path):
     assert read_events(tmp_path / "run") == ["step 0: nothing"]
     saved = json.loads((tmp_path / "run" / "config.json").read_text())
     assert saved["precision"].endswith("policy.toml") and '"last": 1' in saved["resolved precision"]
+
+
+@process_ranks(2)
+def test_a_snapshot_of_sharded_parameters_is_restored_to_the_bit(tmp_path):
+    for recipe, optimizer in (("sdp4bit", "adamw4bit"), ("loco", "adamw")):
+        chosen = {"parallel": "fsdp", "recipe": recipe, "optimizer": OptimizerConfig(optimizer=optimizer, warmup=2)}
+        chosen["guard"] = GuardConfig(guard="rollback", snapshot_every=25)
+        trainer = Run(config(tmp_path / recipe, **chosen), this_rank()).trainer
+        trainer.train_step()
+        trainer.guard.keep()
+        before = shards(trainer)
+        losses = [[trainer.train_step()[0].item() for _ in range(2)]]
+        assert shards(trainer) != before
+        trainer.guard._good.restore(trainer.ddp, trainer.optimizer, trainer.handle)
+        trainer.step = 1
+        assert shards(trainer) == before
+        losses.append([trainer.train_step()[0].item() for _ in range(2)])
+        assert recipe == "sdp4bit" or losses[0] == losses[1]  # differences begin with weights sent as they are
+
+
+def shards(trainer: Trainer) -> str:
+    """Digest of this rank's weights and optimizer state."""
+    states = [list(state.values()) for state in trainer.optimizer.state.values()]
+    tensors = [*trainer.ddp.parameters(), *(t for state in states for t in state)]
+    return digest([t.detach()._local_tensor if hasattr(t, "_local_tensor") else t.detach() for t in tensors])
