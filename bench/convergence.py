@@ -1,6 +1,7 @@
 """What a recipe costs in loss: runs of several seeds, each paired with the uncompressed run of the same seed.
 
     python bench/convergence.py --recipes "int8 int4 int2 onebit" --seeds 0,1,2 --jobs 12 --out out/convergence.jsonl
+    python bench/convergence.py --recipes "" --lowp "fp8 int8 -+adamw8bit fp8+adamw8bit+int4" --out out/lowp.jsonl
     python bench/convergence.py --report out/convergence.jsonl                # the table again, and the gates
     python bench/plot_convergence.py out/convergence.jsonl picture.png
     python bench/convergence.py --device cpu --steps 20 --rows 1 --layers 1 --dim 64 --heads 2 --val-bytes 4096
@@ -12,7 +13,8 @@ of --out; a run that is there already is not repeated, so the same command goes 
 --budget seconds, less what a run takes, no new one starts.
 
 Gates, of the mean paired gap in validation loss: gap <= max(bound, 2 standard errors). A gate that nothing fails proves
-nothing: int2, rounded to -1, 0, 1 without feedback, must fail that of 2 bits.
+nothing: int2, rounded to -1, 0, 1 without feedback, must fail that of 2 bits. --lowp has low-precision GEMMs and
+moments, bounds and controls of their own (bench/convergence_lowp.py); they are compared with AdamW in bfloat16.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ ROOT = Path(__file__).resolve().parent
 sys.path[:0] = [str(ROOT), str(ROOT.parent), str(ROOT.parent / "launch")]
 
 from commq.train.config import ModelConfig, OptimizerConfig  # noqa: E402
+from convergence_lowp import BASE_UPDATE, Choice, emulation_work, label_of, read_choice  # noqa: E402
 from convergence_report import BASELINE, key_of, read_rows, report  # noqa: E402
 from convergence_run import UPDATES, Run, Setting  # noqa: E402
 from netlab_mps import Mps, gpus, mps_program  # noqa: E402
@@ -47,12 +50,14 @@ def wanted(args: argparse.Namespace) -> list[Setting]:
     """All runs: the uncompressed ones, which all others need, and then those that take longest."""
     model = ModelConfig(layers=args.layers, dim=args.dim, heads=args.heads, context=args.context)
     optimizer = OptimizerConfig(lr=args.lr, warmup=args.warmup)
-    texts = list(dict.fromkeys([BASELINE, *split_recipes(args.recipes)]))
+    choices = [Choice(recipe=text, update=args.update) for text in (BASELINE, *split_recipes(args.recipes))]
+    lowp = [read_choice(text) for text in args.lowp.split()]
+    choices += [Choice(recipe=BASELINE, outlier=choice.outlier) for choice in lowp] + lowp
     settings = [
         Setting(
-            recipe=text,
+            **asdict(choice),
             seed=seed,
-            update=args.update,
+            compile=args.compile,
             steps=args.steps,
             world_size=args.world_size,
             rows=args.rows,
@@ -62,16 +67,18 @@ def wanted(args: argparse.Namespace) -> list[Setting]:
             device=args.device,
         )
         for seed in map(int, args.seeds.split(","))
-        for text in texts
+        for choice in dict.fromkeys(choices)
     ]
-    return sorted(settings, key=lambda setting: -_weight(setting.recipe))
+    return sorted(settings, key=lambda setting: -_weight(setting))
 
 
-def _weight(text: str) -> int:
-    """Runs with more start earlier: how much work an exchange is, roughly, after what everything is compared with."""
-    if text == BASELINE:
+def _weight(setting: Setting) -> int:
+    """Runs with more start earlier: how much work they are, roughly, after what everything is compared with."""
+    if setting.precision != "none":
+        return emulation_work(setting.precision)
+    if setting.recipe == BASELINE and setting.update not in BASE_UPDATE:
         return 5
-    recipe = read_recipe(text)
+    recipe = read_recipe(setting.recipe)
     if recipe.schedule not in ("two_shot", "one_shot", "auto"):
         return 4
     return (recipe.rotation is not None) + (recipe.rounding == "stochastic") + (recipe.feedback.rule != "none")
@@ -117,7 +124,7 @@ class Driver:
         setting = process.setting
         if process.code:
             self.failed += 1
-            print(f"FAILED {setting.recipe} seed {setting.seed}:\n{process.log()}", flush=True)
+            print(f"FAILED {label_of(asdict(setting))} seed {setting.seed}:\n{process.log()}", flush=True)
             return
         self.longest = max(self.longest, took)
         row = json.loads(process.result.read_text())
@@ -125,7 +132,7 @@ class Driver:
             stream.write(json.dumps(row) + "\n")
         elapsed = time.monotonic() - self.start
         print(
-            f"{elapsed:6.0f} s  {setting.recipe:<40} seed {setting.seed}  val {_show(row['val_loss'])}  "
+            f"{elapsed:6.0f} s  {label_of(row):<40} seed {setting.seed}  val {_show(row['val_loss'])}  "
             f"{row['seconds'] / row['steps_made'] * 1e3:6.1f} ms a step, {took:.0f} s",
             flush=True,
         )
@@ -199,11 +206,21 @@ def run_one(text: str, out: Path) -> None:
     out.write_text(json.dumps(row))
 
 
+def _lowp_recipes(texts: str, parser: argparse.ArgumentParser) -> list[str]:
+    """What travels in the runs with low precision."""
+    try:
+        return [read_choice(text).recipe for text in texts.split()]
+    except ValueError as error:
+        parser.error(str(error))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--recipes", default=RECIPES, help=f"separated by blanks; {BASELINE} is always there ({RECIPES})")
     add("--seeds", default="0,1,2")
+    add("--lowp", default="", help="precision+update+recipe, separated by blanks (bench/convergence_lowp.py)")
+    add("--compile", action="store_true", help="torch.compile attention and MLP; emulated formats need it on a GPU")
     add("--update", default="adamw", choices=tuple(UPDATES))
     add("--steps", type=int, default=2000)
     add("--world-size", type=int, default=4)
@@ -228,7 +245,7 @@ def main() -> None:
     if args.report:
         print(report(read_rows(Path(args.report))))
         return
-    for text in split_recipes(args.recipes):
+    for text in (*split_recipes(args.recipes), *_lowp_recipes(args.lowp, parser)):
         try:
             read_recipe(text)
         except (OSError, ValueError) as error:

@@ -13,11 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from commq.optim import LowBitAdamW
+from commq.optim.moment_format import ROOT_4_ZERO
 from commq.optim.optimizer import CommOptimizer
-from commq.train.config import ModelConfig, OptimizerConfig
+from commq.train.config import LOW_BIT, ModelConfig, OptimizerConfig
 from commq.train.data import Corpus, load_corpus, train_batch, val_batches
 from commq.train.model import GPT
 from commq.train.optimizer import learning_rate, make_comm_optimizer
+from commq.train.precision import compile_blocks
+from convergence_lowp import make_control, plant_outlier
 from recipe_text import read_recipe
 from replicas import GradientUpdate, MomentumUpdate, Replicas, Update
 
@@ -35,6 +39,12 @@ class Setting:
     seed: int
     update: str = "adamw"
     """One of UPDATES."""
+    precision: str = "none"
+    """Of the GEMMs of linear layers: a recipe of commq.lowp or a control (convergence_lowp.py)."""
+    outlier: float = 0.0
+    """How many times larger one channel is made, without changing what the model computes; 0: none is."""
+    compile: bool = False
+    """torch.compile attention and MLP: emulated formats are slow without."""
     steps: int = 2000
     world_size: int = 4
     rows: int = 8
@@ -61,8 +71,21 @@ def _update_momenta(kind: str, setting: Setting, model: nn.Module) -> Update:
     return MomentumUpdate([model, *(copy.deepcopy(model) for _ in range(copies))], make, config.clip)
 
 
+def _update_low_bit(kind: str, setting: Setting, model: nn.Module) -> GradientUpdate:
+    return GradientUpdate(model, replace(setting.optimizer, optimizer=kind))  # type: ignore[arg-type]
+
+
+def _with_zero_point(update: GradientUpdate) -> GradientUpdate:
+    """The control: second moments that are rounded to zero."""
+    assert isinstance(update.optimizer, LowBitAdamW)
+    update.optimizer.root = ROOT_4_ZERO
+    return update
+
+
 UPDATES: dict[str, Callable[[Setting, nn.Module], Update]] = {
     "adamw": lambda setting, model: GradientUpdate(model, setting.optimizer),
+    **{kind: partial(_update_low_bit, kind) for kind in LOW_BIT},
+    "adamw4bit-zero": lambda setting, model: _with_zero_point(_update_low_bit("adamw4bit", setting, model)),
     **{kind: partial(_update_momenta, kind) for kind in MOMENTA},
 }
 """What becomes of gradients, and what travels by the recipe: they, or what the optimizer makes of them."""
@@ -77,12 +100,19 @@ class Run:
         self.corpus: Corpus = load_corpus(None, max_mb=setting.max_mb, context=setting.model.context)
         torch.manual_seed(setting.seed)
         self.model = GPT(setting.model).to(self.device)
+        if setting.outlier:
+            plant_outlier(self.model, setting.outlier)
+        self.control = make_control(self.model, setting.precision, setting.seed, setting.steps)
+        if setting.compile:
+            compile_blocks(self.model)
         recipe = read_recipe(setting.recipe, seed=setting.seed)
         update = UPDATES[setting.update](setting, self.model)
-        self.replicas = Replicas(recipe, update, setting.world_size)
+        conversion = None if self.control is None else self.control.conversion
+        self.replicas = Replicas(recipe, update, setting.world_size, conversion)
         self.row: dict[str, Any] = {
             **asdict(setting),
             "resolved": str(recipe),
+            "table": None if self.control is None else self.control.conversion.table(),
             "bits": recipe.format.bits,
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "corpus": self.corpus.digest,
@@ -96,6 +126,9 @@ class Run:
         seconds = 0.0
         for step in range(1, steps + 1):
             start = time.perf_counter()
+            if self.control is not None and self.control.schedule.at(step) != self.control.conversion.policy:
+                self.control.begin(step)
+                self.replicas.forget_graph()
             rate = learning_rate(step, steps, self.setting.optimizer)
             losses_W = self.replicas.step(self._tokens(step), rate)
             if step % 50 == 0 or step in (1, steps):

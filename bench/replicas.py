@@ -16,6 +16,7 @@ from torch.nn.utils import clip_grad_norm_
 
 import commq
 from commq.collectives.transport import Transport
+from commq.lowp import Conversion
 from commq.optim.exchange import FlatBucket, MomentumExchange
 from commq.optim.optimizer import CommOptimizer
 from commq.train.config import OptimizerConfig
@@ -83,8 +84,12 @@ def step_with(optimizer: torch.optim.Optimizer, bucket: FlatBucket, rate: float,
 class Replicas:
     """W ranks that train a model, the first of `update.models`, together."""
 
-    def __init__(self, recipe: commq.Recipe, update: Update, world_size: int) -> None:
+    def __init__(
+        self, recipe: commq.Recipe, update: Update, world_size: int, conversion: Conversion | None = None
+    ) -> None:
+        """conversion: what made the model's linear layers low in precision; each pass gets a number of its own."""
         self.model, self.update = update.models[0], update
+        self._conversion = conversion
         self.models = [update.models[rank % len(update.models)] for rank in range(world_size)]
         self.buckets = [FlatBucket(list(model.parameters())) for model in self.models]
         self.device = self.buckets[0].buffer().device
@@ -105,6 +110,10 @@ class Replicas:
         self.update.apply(self.buckets, rate)
         return self._losses_W
 
+    def forget_graph(self) -> None:
+        """The model computes something else from now on."""
+        self._backward = None
+
     def observe(self, loss: float) -> None:
         """Tell recipes with phases that end by the loss what it is."""
         if isinstance(self.handles[0], commq.HookState):
@@ -121,6 +130,8 @@ class Replicas:
 
     def _find_gradients(self) -> None:
         for rank, bucket in enumerate(self.buckets):
+            if self._conversion is not None:  # on the device, so that a captured graph counts on
+                next(iter(self._conversion.modules.values())).clock.step.add_(1)
             loss = self.loss(self._tokens_WBT[rank], rank)
             gradients = torch.autograd.grad(loss, bucket.parameters())
             torch._foreach_copy_(bucket.views, gradients)

@@ -193,7 +193,7 @@ def recipe(name: str | Path | Mapping[str, Any], **overrides: Any) -> Recipe:
     if isinstance(name, Mapping):
         return recipe(**{"name": "int4", **name, **overrides})
     if isinstance(name, Path) or Path(name).suffix in (".toml", ".yaml", ".yml"):
-        return recipe(_load(Path(name)), **overrides)
+        return recipe(read_mapping(Path(name)), **overrides)
     if name not in _RECIPES:
         raise ValueError(f"recipe {name!r} is unknown; expected one of {', '.join(_RECIPES)}, or a .toml or .yaml file")
     base = _RECIPES[name]
@@ -257,14 +257,14 @@ def _make(kind: type, values: Mapping[str, Any], where: str) -> Any:
         raise ValueError(f"{where}: {error}; found {dict(values)}") from None
 
 
-def _load(path: Path) -> dict[str, Any]:
-    """The mapping in a TOML or YAML file."""
+def read_mapping(path: Path) -> dict[str, Any]:
+    """The mapping in a TOML or YAML file. ValueError for what is none, OSError for a file that cannot be read."""
     text = path.read_text()
     if path.suffix == ".toml":
         try:
             import tomllib
         except ImportError:
-            raise ValueError(f"{path}: TOML needs Python 3.11; write the recipe as YAML, or use 3.11") from None
+            raise ValueError(f"{path}: TOML needs Python 3.11; write YAML, or use 3.11") from None
         try:
             found: Any = tomllib.loads(text)
         except tomllib.TOMLDecodeError as error:
@@ -273,7 +273,7 @@ def _load(path: Path) -> dict[str, Any]:
         try:
             import yaml
         except ImportError:
-            raise ValueError(f"{path}: YAML needs PyYAML; pip install pyyaml, or write the recipe as TOML") from None
+            raise ValueError(f"{path}: YAML needs PyYAML; pip install pyyaml, or write TOML") from None
         try:
             found = yaml.safe_load(text)
         except yaml.YAMLError as error:
@@ -281,5 +281,5 @@ def _load(path: Path) -> dict[str, Any]:
     else:
         raise ValueError(f"{path}: expected a file that ends in .toml, .yaml or .yml")
     if not isinstance(found, dict):
-        raise ValueError(f"{path} holds {type(found).__name__}, expected a mapping of a recipe's fields")
+        raise ValueError(f"{path} holds {type(found).__name__}, expected a mapping of names to values")
     return found

@@ -1,6 +1,7 @@
 """bench/replicas.py on a GPU: what the captured graph computes is what the same code computes without it."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 sys.path.append(str(Path(__file__).parent.parent / "bench"))
 
+from commq.lowp import convert, policy
 from commq.train.config import ModelConfig, OptimizerConfig
 from commq.train.model import GPT
 from recipe_text import read_recipe
@@ -22,9 +24,9 @@ pytestmark = [
 class Watched(Replicas):
     """Keeps what each rank is about to send."""
 
-    def __init__(self, recipe, update, world_size):
+    def __init__(self, recipe, update, world_size, conversion=None):
         self.sent = [None] * world_size
-        super().__init__(recipe, update, world_size)
+        super().__init__(recipe, update, world_size, conversion)
 
     def _exchange(self, rank):
         self.sent[rank] = self.buckets[rank].buffer().clone()
@@ -52,3 +54,30 @@ def test_captured_gradients_are_those_of_the_model(recipe):
             assert (replicas.sent[rank] - gradient).norm() <= 2.0**-6 * gradient.norm()
         others = [bucket.buffer() for bucket in replicas.buckets[1:]]  # the first was clipped in place
         assert all(torch.equal(others[0], other) for other in others)
+
+
+@pytest.mark.parametrize("precision", ["fp8", "int8"])
+def test_captured_low_precision_is_that_of_the_model_and_follows_its_schedule(precision):
+    """Nearest rounding, so a pass does not depend on its number, which the graph counts on the device."""
+    torch.manual_seed(0)
+    model = GPT(ModelConfig(layers=2, dim=64, heads=2, context=32)).cuda()
+    conversion = convert(model, replace(policy(precision), min_features=0))
+    update = GradientUpdate(model, OptimizerConfig(optimizer="adamw8bit", lr=1e-3))
+    replicas = Watched(read_recipe("fp32"), update, 2, conversion)
+    generator = torch.Generator().manual_seed(1)
+    clock, seen = conversion.modules["blocks.0.mlp.0"].clock, []
+    for step in range(4):
+        if step == 2:
+            conversion.set_policy("bf16")
+            replicas.forget_graph()
+        tokens = torch.randint(256, (2, 2, 33), generator=generator)
+        expected = []
+        for batch in tokens.cuda():
+            gradients = torch.autograd.grad(replicas.loss(batch), list(model.parameters()))
+            expected.append(torch.cat([g.flatten() for g in gradients]))
+        replicas.step(tokens, 1e-3)
+        seen.append(int(clock.step))
+        for rank, gradient in enumerate(expected):
+            # Sums of products in bfloat16 and float32 in another order, which may round a number to the next code.
+            assert (replicas.sent[rank] - gradient).norm() <= 2.0**-5 * gradient.norm()
+    assert seen == sorted(set(seen))

@@ -7,7 +7,9 @@ import torch.distributed as dist
 import tyro
 
 from commq.train.config import Config
+from commq.train.config_file import expand
 from commq.train.ranks import join_ranks
+from commq.train.report import check_matplotlib, write_report
 from commq.train.run import Run
 
 
@@ -16,10 +18,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Any other error leaves with its traceback, so that the launcher ends the other ranks.
     """
-    config = tyro.cli(Config, prog="python -m commq.train", args=arguments, config=(tyro.conf.OmitArgPrefixes,))
     try:
+        given = expand(sys.argv[1:] if arguments is None else arguments)
+        config = tyro.cli(Config, prog="python -m commq.train", args=given, config=(tyro.conf.OmitArgPrefixes,))
+        if config.output.report:
+            check_matplotlib()
         run = Run(config, join_ranks())
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
     try:
@@ -27,5 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except FloatingPointError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 1
+    if config.output.report and run.ranks.rank == 0 and run.trainer.step == config.steps:
+        print(f"report  {write_report(run)}", flush=True)
     dist.destroy_process_group()
     return 0

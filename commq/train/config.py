@@ -5,6 +5,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from commq.train.config_numerics import GuardConfig, PrecisionConfig
+
+LOW_BIT = ("adamw8bit", "adamw4bit", "adamwfp8")
+"""Optimizers whose moments are codes."""
+PLAIN = ("adamw", "sgd", *LOW_BIT)
+"""Optimizers of gradients that have travelled; the others decide themselves what travels."""
+
 _RECIPES = {"ddp": "int4", "fsdp": "full-shard", "hsdp": "hybrid-shard"}
 
 
@@ -50,6 +57,9 @@ class OptimizerConfig:
     optimizer: Literal[
         "adamw",
         "sgd",
+        "adamw8bit",
+        "adamw4bit",
+        "adamwfp8",
         "onebit-adam",
         "onebit-lamb",
         "zero-one-adam",
@@ -57,8 +67,9 @@ class OptimizerConfig:
         "ef-signsgd",
         "signsgd-mv",
     ] = "adamw"
-    """adamw (betas 0.9 and 0.95) or sgd (momentum 0.9) on gradients that travel by the recipe; or one of those that
-    decide themselves what travels, see commq.optim: they need no recipe."""
+    """adamw (betas 0.9 and 0.95) or sgd (momentum 0.9) on gradients that travel by the recipe; adamw8bit, adamw4bit
+    and adamwfp8 keep the moments in codes; or one of those that decide themselves what travels, see commq.optim: they
+    need no recipe."""
     lr: float = 2e-3
     """Peak learning rate; sgd wants about 25 times more than adamw."""
     momentum_format: str = "sign"
@@ -74,12 +85,20 @@ class OptimizerConfig:
     """Weight decay of the matrices; vectors have none."""
     clip: float = 1.0
     """Largest norm of the averaged gradient; larger ones are scaled down to it. 0 turns this off."""
+    update_clipping: bool = False
+    """adamw8bit, adamw4bit, adamwfp8: shorten steps whose gradients the second moment did not expect (StableAdamW)."""
+    bf16_weights: bool = False
+    """adamw8bit, adamw4bit, adamwfp8: bfloat16 weights without a float32 copy, rounded stochastically."""
 
     def __post_init__(self) -> None:
         _require_positive(self, "lr")
         for name in ("warmup", "final_lr", "weight_decay", "clip", "freeze_step"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} is negative; choose 0 or more")
+        if (self.update_clipping or self.bf16_weights) and self.optimizer not in LOW_BIT:
+            raise ValueError(
+                f"--update-clipping and --bf16-weights are of {', '.join(LOW_BIT)}; found --optimizer {self.optimizer}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +121,8 @@ class OutputConfig:
     """Checkpoints to keep."""
     tensorboard: bool = True
     """Write TensorBoard scalars to the out folder."""
+    report: bool = True
+    """Write report.md and report.png to the out folder when the run is complete."""
 
     def __post_init__(self) -> None:
         _require_positive(self, "log_every", "val_every", "checkpoint_every", "keep")
@@ -134,22 +155,33 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    lowp: PrecisionConfig = field(default_factory=PrecisionConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
 
     def __post_init__(self) -> None:
         _require_positive(self, "steps")
         if self.recipe == "default":
             object.__setattr__(self, "recipe", _RECIPES[self.parallel])
-        if self.parallel != "ddp" and self.optimizer.optimizer not in ("adamw", "sgd"):
+        if self.parallel != "ddp" and self.optimizer.optimizer not in PLAIN:
             raise ValueError(
                 f"--optimizer {self.optimizer.optimizer} sends a momentum in place of gradients, which needs "
-                f"--parallel ddp; with {self.parallel} choose adamw or sgd"
+                f"--parallel ddp; with {self.parallel} choose one of {', '.join(PLAIN)}"
             )
+        if self.optimizer.optimizer not in PLAIN and (
+            self.guard.loss_scale != "none" or self.guard.guard == "rollback"
+        ):
+            raise ValueError(
+                f"--optimizer {self.optimizer.optimizer} goes neither with --loss-scale nor with --guard rollback; "
+                f"choose one of {', '.join(PLAIN)}"
+            )
+        if self.lowp.fallback != "none" and self.guard.guard == "off":
+            raise ValueError("--fallback follows loss spikes, which --guard watch or --guard rollback looks for")
 
     def flat(self) -> dict[str, bool | int | float | str | None]:
         """Every field by its name on the command line; plain data."""
         values: dict[str, bool | int | float | str | None] = {}
-        for owner in (self, self.model, self.data, self.optimizer, self.output):
+        for owner in (self, self.model, self.data, self.optimizer, self.lowp, self.guard, self.output):
             for item in dataclasses.fields(owner):
                 value = getattr(owner, item.name)
                 if not dataclasses.is_dataclass(value):
@@ -162,7 +194,7 @@ class Config:
         `steps` is one of them because the learning rate depends on it. The data path is not: the
         checkpoint holds a digest of the bytes themselves.
         """
-        free = {"data", "val_sequences"} | {item.name for item in dataclasses.fields(OutputConfig)}
+        free = {"data", "val_sequences", "monitor_every"} | {item.name for item in dataclasses.fields(OutputConfig)}
         return {name: value for name, value in self.flat().items() if name not in free}
 
 

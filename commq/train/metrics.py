@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
+
+from commq.lowp.statistics import Statistic
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -40,12 +44,9 @@ class Metrics:
     """Writes rows to the out folder. After a resume, rows later than `step` are dropped first."""
 
     def __init__(self, out: Path, step: int, *, tensorboard: bool) -> None:
-        path = out / "metrics.jsonl"
-        kept = [line for line in _complete_lines(path) if json.loads(line)["step"] <= step]
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(kept))
-        os.replace(partial, path)
-        self._stream = path.open("a", buffering=1)
+        self._stream = _open(out / "metrics.jsonl", step)
+        self._statistics = _open(out / "statistics.jsonl", step)
+        self._events = _open(out / "events.jsonl", step)
         self._board = _open_board(out / "tensorboard", step) if tensorboard else None
 
     def write(self, row: Row) -> None:
@@ -56,8 +57,26 @@ class Metrics:
                 if name != "step" and value is not None:
                     self._board.add_scalar(name, value, row.step)
 
+    def write_statistics(self, step: int, statistics: Sequence[Statistic]) -> None:
+        """What quantization did to each layer's operands in a step: a line of statistics.jsonl, and scalars."""
+        rows = [dataclasses.asdict(each) for each in statistics]
+        self._statistics.write(json.dumps({"step": step, "statistics": rows}) + "\n")
+        if self._board is not None:
+            for each in statistics:
+                for name in ("sqnr", "underflow", "overflow"):
+                    value = getattr(each, name)
+                    if math.isfinite(value):
+                        self._board.add_scalar(f"{name}/{each.gemm}/{each.operand}/{each.layer}", value, step)
+
+    def write_event(self, step: int, event: str) -> None:
+        """What the guard did: a line of events.jsonl."""
+        self._events.write(json.dumps({"step": step, "event": event}) + "\n")
+        if self._board is not None:
+            self._board.add_text("events", event, step)
+
     def close(self) -> None:
-        self._stream.close()
+        for stream in (self._stream, self._statistics, self._events):
+            stream.close()
         if self._board is not None:
             self._board.close()
 
@@ -65,6 +84,26 @@ class Metrics:
 def read_rows(out: Path) -> list[Row]:
     """The rows of a run in the order of their steps."""
     return [Row(**json.loads(line)) for line in _complete_lines(out / "metrics.jsonl")]
+
+
+def read_statistics(out: Path) -> list[tuple[int, list[Statistic]]]:
+    """Steps and what was measured in them."""
+    found = [json.loads(line) for line in _complete_lines(out / "statistics.jsonl")]
+    return [(each["step"], [Statistic(**row) for row in each["statistics"]]) for each in found]
+
+
+def read_events(out: Path) -> list[str]:
+    """What the guard did, in words."""
+    return [json.loads(line)["event"] for line in _complete_lines(out / "events.jsonl")]
+
+
+def _open(path: Path, step: int) -> TextIO:
+    """To append to; lines later than `step` are dropped first."""
+    kept = [line for line in _complete_lines(path) if json.loads(line)["step"] <= step]
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(kept))
+    os.replace(partial, path)
+    return path.open("a", buffering=1)
 
 
 def _complete_lines(path: Path) -> list[str]:

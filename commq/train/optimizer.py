@@ -6,7 +6,17 @@ from typing import Any
 from torch import nn, optim
 from torch.nn.parallel import DistributedDataParallel
 
-from commq.optim import Birder, EFSignSGD, OneBitAdam, OneBitLamb, SignSGD, ZeroOneAdam
+from commq.optim import (
+    AdamW4bit,
+    AdamW8bit,
+    AdamWFp8,
+    Birder,
+    EFSignSGD,
+    OneBitAdam,
+    OneBitLamb,
+    SignSGD,
+    ZeroOneAdam,
+)
 from commq.optim.optimizer import CommOptimizer
 from commq.recipe import Recipe
 from commq.train.config import OptimizerConfig
@@ -15,10 +25,18 @@ BETAS = (0.9, 0.95)
 FROZEN_BETAS = (0.9, 0.999)
 """Of optimizers that freeze the variance: one averaged over 20 steps has entries near zero, which then stay there."""
 
+_LOW_BIT = {"adamw8bit": AdamW8bit, "adamw4bit": AdamW4bit, "adamwfp8": AdamWFp8}
 
-def make_optimizer(model: nn.Module, config: OptimizerConfig) -> optim.Optimizer:
-    """AdamW or SGD over all parameters; weight decay on those with two dimensions or more."""
+
+def make_optimizer(model: nn.Module, config: OptimizerConfig, seed: int = 0) -> optim.Optimizer:
+    """AdamW, with moments in codes if so configured, or SGD; weight decay on parameters of two dimensions or more.
+
+    seed: of stochastic rounding.
+    """
     groups = _group(model, config)
+    if config.optimizer in _LOW_BIT:
+        options = {"update_clipping": config.update_clipping, "stochastic_rounding": config.bf16_weights, "seed": seed}
+        return _LOW_BIT[config.optimizer](groups, config.lr, betas=BETAS, **options)
     if config.optimizer == "adamw":
         return optim.AdamW(groups, lr=config.lr, betas=BETAS, fused=True)
     return optim.SGD(groups, lr=config.lr, momentum=0.9, fused=True)

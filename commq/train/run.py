@@ -14,9 +14,11 @@ from torch import Tensor
 import commq
 from commq.train.checkpoint import latest_checkpoint, load_common, load_own, save_checkpoint
 from commq.train.config import Config
+from commq.train.config_file import config_text
 from commq.train.data import load_corpus
 from commq.train.display import Display
 from commq.train.metrics import Metrics, Row, check_tensorboard
+from commq.train.precision import describe
 from commq.train.ranks import Ranks, compare_ranks
 from commq.train.stop import Stop
 from commq.train.trainers import trainer_of
@@ -39,11 +41,16 @@ class Run:
         error: Exception | None = None
         try:
             recipe = commq.recipe(config.recipe, seed=config.seed)
+            precision = describe(config)
             corpus = load_corpus(config.data.data, max_mb=config.data.max_mb, context=config.model.context)
             checkpoint = self._find_checkpoint()
             if config.output.tensorboard:
                 check_tensorboard()
-            self._facts |= {"resolved recipe": repr(recipe), "digest of the data": corpus.digest}
+            self._facts |= {
+                "resolved recipe": repr(recipe),
+                "resolved precision": precision,
+                "digest of the data": corpus.digest,
+            }
             facts |= self._facts | {"checkpoint": str(checkpoint)}
         except (ValueError, OSError) as problem:
             error = problem
@@ -54,12 +61,15 @@ class Run:
         self._say(f"data    {corpus}")
         self._say(f"model   {sum(p.numel() for p in self.trainer.ddp.parameters()) / 1e6:.2f} M parameters")
         self._say(f"recipe  {self.trainer.recipe}")
+        if self.trainer.control is not None:
+            self._say(f"lowp    {self.trainer.control.schedule}\n{self.trainer.control.conversion.table()}")
         self._say("config  " + " ".join(f"{name}={value}" for name, value in config.flat().items()))
         if checkpoint is not None:
             self._restore(checkpoint)
         if ranks.rank == 0:
             described = self._place | config.flat() | self._facts
             (self._out / "config.json").write_text(json.dumps(described, indent=2) + "\n")
+            (self._out / "config.toml").write_text(config_text(config))
 
     def execute(self) -> None:
         """Train to the last step, or until a signal asks all ranks to stop.
@@ -74,6 +84,7 @@ class Run:
             start = time.perf_counter() - self._seconds_before
             while trainer.step < steps and not stopping:
                 loss, norm = trainer.train_step()
+                self._tell(sinks)
                 stopping = stop.agreed()
                 last = trainer.step == steps
                 validates = last or trainer.step % output.val_every == 0
@@ -110,6 +121,19 @@ class Run:
         display = Display(trainer.recipe.name, self.config.steps, trainer.step, trainer.tokens_per_step)
         return [Metrics(self._out, trainer.step, tensorboard=output.tensorboard), display]
 
+    def _tell(self, sinks: list[Metrics | Display]) -> None:
+        """What the step measured and what the guard did."""
+        trainer = self.trainer
+        metrics = [sink for sink in sinks if isinstance(sink, Metrics)]
+        for event in trainer.guard.events:
+            self._say(f"guard   {event}")
+            for sink in metrics:
+                sink.write_event(trainer.step, event)
+        trainer.guard.events.clear()
+        if trainer.statistics:
+            for sink in metrics:
+                sink.write_statistics(trainer.step, trainer.statistics)
+
     def _measure(self, loss: Tensor, norm: Tensor, start: float, *, validates: bool) -> Row:
         """The step that was just done, as a row; all ranks call it."""
         trainer = self.trainer
@@ -117,7 +141,7 @@ class Run:
         totals = torch.tensor([loss.item() / self.ranks.world_size, norm.item() * 0.0], dtype=torch.float64)
         dist.all_reduce(totals)
         mean = totals[0]
-        if not totals.isfinite().all():
+        if not totals.isfinite().all() and not trainer.guard.excused:
             raise FloatingPointError(
                 f"step {trainer.step}: loss {mean:.4g}, gradient norm {norm:.4g}, expected finite numbers; "
                 "start again with a lower --lr or a longer --warmup"
@@ -150,6 +174,7 @@ class Run:
             self.trainer.own_state(),
             keep=self.config.output.keep,
         )
+        self.trainer.guard.keep()
 
     def _restore(self, path: Path) -> None:
         """Continue from the checkpoint at `path`, or say which field does not fit."""

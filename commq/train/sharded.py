@@ -47,17 +47,16 @@ class ShardedTrainer(Trainer):
             device_id=self.ranks.device,
             recipe=recipe,
         )
-        return sharded, sharded.handle, make_optimizer(model, self.config.optimizer)
+        return sharded, sharded.handle, make_optimizer(model, self.config.optimizer, self.config.seed)
 
-    def train_step(self) -> tuple[Tensor, Tensor]:
-        loss, norm = super().train_step()
-        return loss, norm.full_tensor() if isinstance(norm, DTensor) else norm
+    def _clip(self) -> Tensor:
+        norm = super()._clip()
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def common_state(self) -> dict[str, Any]:
         """Whole parameters and optimizer state, on rank 0; all ranks call it."""
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        return {
-            "step": self.step,
+        return self._progress() | {
             "model": get_model_state_dict(self.ddp.module, options=options),
             "optimizer": get_optimizer_state_dict(self.ddp.module, self.optimizer, options=options),
         }

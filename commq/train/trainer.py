@@ -1,6 +1,7 @@
 """Model, optimizer and compressed gradients of one rank: a step, a validation, and their state."""
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -11,12 +12,16 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
 import commq
+from commq.lowp.control import Control
+from commq.lowp.statistics import Statistic
 from commq.optim.exchange import MomentumExchange
 from commq.optim.optimizer import CommOptimizer
 from commq.train.config import Config
 from commq.train.data import Corpus, train_batch, val_batches
+from commq.train.guard import Guard
 from commq.train.model import GPT, next_byte_loss
 from commq.train.optimizer import learning_rate, make_comm_optimizer, make_optimizer
+from commq.train.precision import check_layers, compile_blocks, make_control
 from commq.train.ranks import Ranks
 
 
@@ -30,13 +35,24 @@ class Trainer:
         self.config, self.corpus, self.ranks = config, corpus, ranks
         self.step = 0
         torch.manual_seed(config.seed)
-        model = GPT(config.model).to(ranks.device)
+        model = GPT(config.model).to(ranks.device, torch.bfloat16 if config.optimizer.bf16_weights else None)
+        self.control: Control | None = make_control(model, config)
+        if config.lowp.compile:
+            compile_blocks(model)
         self.handle: Any
         self.optimizer: Optimizer
         self.ddp, self.handle, self.optimizer = self._attach(model, recipe)
+        if self.control is not None:
+            check_layers(self.control, self.ddp)
         self.recipe = self.optimizer.recipe if isinstance(self.optimizer, CommOptimizer) else recipe
         """How gradients travel, or what the optimizer sends in their place."""
         self._autocast = torch.autocast("cuda", torch.bfloat16, enabled=ranks.device.type == "cuda")
+        self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=config.guard.loss_scale == "dynamic")
+        if self.scaler.is_enabled() and not self.synchronized:
+            raise ValueError("--loss-scale dynamic with a model in parts: ranks would skip different steps")
+        self.guard = Guard(config.guard, self)
+        self.statistics: list[Statistic] = []
+        """What quantization did in this step, on rank 0, if it was watched."""
 
     def _attach(self, model: torch.nn.Module, recipe: commq.Recipe) -> tuple[Any, Any, Optimizer]:
         """The model whose gradients travel by `recipe`, its handle and its optimizer."""
@@ -44,7 +60,7 @@ class Trainer:
         optimizer = make_comm_optimizer(ddp, self.config.optimizer, self.config.steps)
         if optimizer is not None:
             return ddp, optimizer.exchange, optimizer
-        return ddp, commq.register(ddp, recipe), make_optimizer(model, self.config.optimizer)
+        return ddp, commq.register(ddp, recipe), make_optimizer(model, self.config.optimizer, self.config.seed)
 
     @property
     def tokens_per_step(self) -> int:
@@ -59,25 +75,67 @@ class Trainer:
         rank's own gradient.
         """
         self.step += 1
+        if self.control is not None:
+            self.control.begin(self.step)
         rate = learning_rate(self.step, self.config.steps, self.config.optimizer)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad()
+        if self.scaler.is_enabled():
+            self.handle.set_loss_scale(self.scaler.get_scale())
+        with self._watching():
+            loss = self._passes(travels=True)
+        self.scaler.unscale_(self.optimizer)
+        norm = self._clip()
+        if self.guard.allows(loss, norm):
+            self._update()
+            self.guard.end_step()
+        elif self.scaler.is_enabled():
+            self.scaler.update()
+        return loss, norm
+
+    def _passes(self, *, travels: bool) -> Tensor:
+        """Forward and backward of all micro-batches; their mean loss. travels: exchange gradients after the last."""
         loss = torch.zeros((), device=self.ranks.device)
         accumulate = self.config.data.accumulate
         for micro in range(accumulate):
-            travels = micro == accumulate - 1
-            with nullcontext() if travels else self.ddp.no_sync():
+            if self.control is not None:
+                self.control.conversion.step(self.step * accumulate + micro)
+            with nullcontext() if travels and micro == accumulate - 1 else self.ddp.no_sync():
                 part = self._loss(self.ddp, self._train_batch(micro)) / accumulate
-                part.backward()
+                self.scaler.scale(part).backward()
             loss += part.detach()
-        norm = self._clip()
-        self.optimizer.step()
-        return loss, norm
+        return loss
+
+    def repeat(self) -> None:
+        """The passes of this step once more, for their numbers only."""
+        self.optimizer.zero_grad()
+        self._passes(travels=False)
 
     def _clip(self) -> Tensor:
         """Clip the averaged gradient; its norm before that."""
         return clip_grad_norm_(self.ddp.parameters(), self.config.optimizer.clip or float("inf"))
+
+    def _update(self) -> None:
+        scale = self.scaler.get_scale() if self.scaler.is_enabled() else 1.0
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.scaler.is_enabled() and self.scaler.get_scale() < scale:
+            self.guard.excuse(f"step {self.step}: gradients overflow, loss scale {self.scaler.get_scale():g}")
+
+    @contextmanager
+    def _watching(self) -> Iterator[None]:
+        """Measure what quantization does in this step, if it is time and on rank 0."""
+        every = self.config.lowp.monitor_every
+        self.statistics = []
+        if self.control is None or not every or self.step % every or self.ranks.rank:
+            yield
+            return
+        conversion = self.control.conversion
+        conversion.watch()
+        yield
+        self.statistics = conversion.statistics()
+        conversion.watch(False)
 
     @torch.no_grad()
     def validate(self) -> float:
@@ -106,7 +164,17 @@ class Trainer:
         """What is the same on every rank, if they are synchronized."""
         optimizer = self.optimizer.state_dict()
         optimizer.pop("exchange", None)  # this rank's own: the handle
-        return {"step": self.step, "model": self.ddp.module.state_dict(), "optimizer": optimizer}
+        return {"model": self.ddp.module.state_dict(), "optimizer": optimizer} | self._progress()
+
+    def _progress(self) -> dict[str, Any]:
+        """How far the run is, and what has been decided on the way."""
+        control = None if self.control is None else self.control.state_dict()
+        return {
+            "step": self.step,
+            "control": control,
+            "guard": self.guard.state_dict(),
+            "scaler": self.scaler.state_dict(),
+        }
 
     def own_state(self) -> dict[str, Any]:
         """What this rank alone has."""
@@ -121,6 +189,11 @@ class Trainer:
         """Continue from what `common_state` and `own_state` returned."""
         common = own.get("apart", common)
         self.step = common["step"]
+        self.guard.load_state_dict(common["guard"])
+        if self.control is not None:
+            self.control.load_state_dict(common["control"])
+        if self.scaler.is_enabled():
+            self.scaler.load_state_dict(common["scaler"])
         if isinstance(self.handle, MomentumExchange):
             self.ddp.module.load_state_dict(common["model"])
             self.optimizer.load_state_dict(common["optimizer"] | {"exchange": own["handle"]})
@@ -130,6 +203,7 @@ class Trainer:
         torch.set_rng_state(own["random"])
         if "random_cuda" in own:
             torch.cuda.set_rng_state(own["random_cuda"], self.ranks.device)
+        self.guard.keep()
 
     def fold(self, handles: list[dict[str, Any]]) -> dict[str, Any]:
         """This rank's handle state from those of another number of ranks."""
