@@ -12,9 +12,13 @@ One line turns it on for a DistributedDataParallel module:
 `commq.optim` has optimizers that send a momentum in one bit in place of the gradient.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from commq import optim
 from commq.attach.check import ReplicaError
+from commq.attach.crossing import Direct, Tiles
 from commq.attach.ddp import HookState, comm_hook, register
+from commq.attach.differences import Differences
 from commq.attach.estimate import estimate_memory
 from commq.attach.fold import fold
 from commq.attach.fsdp import fully_shard, handle_of
@@ -38,19 +42,26 @@ from commq.policy.widths import Widths
 from commq.recipe import Recipe
 from commq.recipes import recipe, recipes
 
+if TYPE_CHECKING:
+    from commq.attach.pipeline import PipelineStage
+
 __all__ = [
     "FSDP",
     "Adapt",
+    "Differences",
+    "Direct",
     "Encoded",
     "Exempt",
     "Feedback",
     "Format",
     "HookState",
     "Phase",
+    "PipelineStage",
     "Recipe",
     "ReplicaError",
     "Rotation",
     "Rule",
+    "Tiles",
     "Widths",
     "all_gather",
     "all_reduce",
@@ -74,3 +85,12 @@ __all__ = [
     "send",
 ]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """`PipelineStage`, when it is asked for: torch's pipelining takes two seconds to import, and Triton with it."""
+    if name == "PipelineStage":
+        from commq.attach.pipeline import PipelineStage
+
+        return PipelineStage
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

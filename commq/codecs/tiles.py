@@ -7,7 +7,7 @@
     bits                    3 for `narrow_share` of all tiles, those of the least range (largest - smallest); else 4
 
 A wire of T tiles: | heads: T | scales: bf16 T | zeros: bf16 T | wide codes | narrow codes |, little-endian. A head has
-the pivot's place in its 6 low bits, then a bit for "rotated" and one for "narrow". 4.425 bits an element at 20 % narrow.
+the pivot's place in its 6 low bits, then a bit for "rotated" and one for "narrow". 4.425 bits an element in all.
 Tiles are runs in memory order: those of one token where its width is a multiple of 64.
 
 Error: with step = the tile's scale, at most `tile_steps` says: step / 2 of each element; of a rotated tile that bound
