@@ -53,7 +53,7 @@ GRACE = 5.0
 # Ranks are forked from a server that has imported torch: milliseconds in place of seconds for each. On macOS
 # the system's own libraries do not survive that.
 _processes = multiprocessing.get_context("spawn" if sys.platform == "darwin" else "forkserver")
-_processes.set_forkserver_preload([threaded.__name__, "pytest"])
+_processes.set_forkserver_preload([threaded.__name__, "pytest", "torch.distributed.pipelining"])
 
 if not hasattr(threaded.ThreadLocalWorld, "comms"):  # torch before 2.13 forgets it in destroy_process_group
     threaded.ThreadLocalWorld.comms = property(lambda world: [])

@@ -6,7 +6,7 @@
 A sample's activation changes little from epoch to epoch, so 2 to 4 bits of the difference say more than as many of the
 activation, and what was lost is part of the next difference. For training over several epochs; not for gradients.
 
-A wire: | the samples' numbers: int64 | rows, each encoded on its own |. The receiver holds the numbers against its own.
+A wire: | the samples' numbers: int64, whole 16 bytes | the micro-batch |. The receiver compares the numbers to its own.
 A micro-batch with a sample that has not crossed before goes in format `first` as a whole. Where the new m is not finite
 the old one stays (0 the first time). A NaN reaches the receiver as NaN.
 Source: AQ-SGD (Wang et al. 2022, arXiv 2206.01299, section 3).
@@ -65,15 +65,10 @@ class Differences:
 
     def cache_bytes(self, shape: Sequence[int]) -> int:
         """Bytes that each side of a boundary keeps, for one sample's activation of this shape."""
-        return self.samples * row_bytes(self.storage, self._padded(math.prod(shape)))
+        return self.samples * row_bytes(self.storage, math.prod(shape))
 
     def crossing(self, place: Place, like: Tensor) -> Crossing:
         return _DifferenceCrossing(self, place, like)
-
-    def _padded(self, numel: int) -> int:
-        """Elements of a row: whole units of all formats."""
-        unit = max(fmt.unit for fmt in (self.format, self.first, self.storage))
-        return -(-numel // unit) * unit
 
 
 class _DifferenceCrossing(Crossing):
@@ -82,7 +77,6 @@ class _DifferenceCrossing(Crossing):
             raise ValueError(f"{place}: shape {tuple(like.shape)}, expected samples in rows, with elements")
         self._way, self._place, self._device = way, place, like.device
         self._rows, self._numel = like.shape[0], like.numel() // like.shape[0]
-        self._padded = way._padded(self._numel)
         self._known = torch.zeros(way.samples, dtype=torch.bool)
         side = "sender" if place.sends else "receiver"
         file = None
@@ -91,38 +85,31 @@ class _DifferenceCrossing(Crossing):
         shape = like.shape[1:]
         _log.info("%s, %s: keeps %.3f GB (%s)", place, side, way.cache_bytes(shape) / 1e9, way.cache)
         self._cache = SampleCache(
-            way.samples, self._padded, way.storage, way.cache, like.device, file, place.backend
+            way.samples, self._numel, way.storage, way.cache, like.device, file, place.backend
         )  # fmt: skip
 
     def nbytes(self, turn: Turn) -> int:
-        return self._header(turn) + self._layout(self._format(turn)).nbytes
+        return self._header(turn) + self._layout(turn).nbytes
 
     def encode(self, x_N: Tensor, wire_S: Tensor, turn: Turn) -> None:
-        x = x_N.view(self._rows, self._numel).to(torch.float32)
-        x = torch.nn.functional.pad(x, (0, self._padded - self._numel))
-        known, fmt, header = self._knows(turn), self._format(turn), self._header(turn)
+        header, layout, kept_N = self._header(turn), self._layout(turn), self._kept(turn)
         if turn.samples is not None:
-            _, on_device = self._ids(turn.samples, turn)
             wire_S[:header].zero_()
-            wire_S[: 8 * self._rows].view(torch.int64).copy_(on_device)
-        kept = self._load(turn) if known else torch.zeros_like(x)
-        layout = self._layout(fmt)
-        rows = wire_S[header:].view(self._rows, -1)
-        implementation(self._place.backend, self._device, fmt).encode_bucket(
-            (x - kept).view(-1), rows, layout, Coding()
-        )  # fmt: skip
+            wire_S[: 8 * self._rows].view(torch.int64).copy_(self._ids(turn.samples, turn)[1])
+        codes_1S = wire_S[header:].view(1, -1)
+        codec = implementation(self._place.backend, self._device, layout.format)
+        codec.encode_bucket(x_N.to(torch.float32) - kept_N, codes_1S, layout, Coding())
         if turn.samples is not None:
-            self._keep(kept, kept + self._decoded(rows, layout), turn)
+            self._keep(kept_N, kept_N + self._decoded(codes_1S, layout), turn)
 
     def decode(self, wire_S: Tensor, y_N: Tensor, turn: Turn) -> None:
-        known, header = self._knows(turn), self._header(turn)
-        kept = self._load(turn) if known else torch.zeros(self._rows, self._padded, device=self._device)
-        new = kept + self._decoded(wire_S[header:].view(self._rows, -1), self._layout(self._format(turn)))
+        header, kept_N = self._header(turn), self._kept(turn)
+        new_N = kept_N + self._decoded(wire_S[header:].view(1, -1), self._layout(turn))
         if turn.samples is not None:
-            theirs = wire_S[: 8 * self._rows].view(torch.int64)
-            new = new.masked_fill(~self._agrees(theirs, turn)[:, None], torch.nan)
-            self._keep(kept, new, turn)
-        y_N.copy_(new[:, : self._numel].reshape(-1))
+            same = self._agrees(wire_S[: 8 * self._rows].view(torch.int64), turn)
+            new_N = new_N.view(self._rows, -1).masked_fill(~same[:, None], torch.nan).view(-1)
+            self._keep(kept_N, new_N, turn)
+        y_N.copy_(new_N)
 
     def prefetch(self, samples: Samples) -> None:
         for first in range(0, len(samples.host), self._rows):
@@ -157,30 +144,33 @@ class _DifferenceCrossing(Crossing):
         host, _ = self._ids(turn.samples, turn)
         return bool(self._known[host].all())
 
-    def _format(self, turn: Turn) -> Format:
-        return self._way.format if self._knows(turn) else self._way.first
-
     def _header(self, turn: Turn) -> int:
         """Bytes of the samples' numbers, up to a multiple of 16."""
         return 0 if turn.samples is None else -(-8 * self._rows // 16) * 16
 
-    def _layout(self, fmt: Format) -> Layout:
-        return Layout(fmt, self._rows * self._padded, self._rows)
+    def _layout(self, turn: Turn) -> Layout:
+        """Of the micro-batch on the wire. A difference that would not be shorter goes in format `first`, too."""
+        numel = self._rows * self._numel
+        first, later = Layout(self._way.first, numel), Layout(self._way.format, numel)
+        return later if self._knows(turn) and later.nbytes < first.nbytes else first
 
-    def _decoded(self, rows: Tensor, layout: Layout) -> Tensor:
-        """float32 (rows, padded)."""
-        out = torch.empty(layout.numel, device=self._device)
-        implementation(self._place.backend, self._device, layout.format).decode_bucket(rows, layout, out, Coding())
-        return out.view(self._rows, -1)
+    def _decoded(self, codes_1S: Tensor, layout: Layout) -> Tensor:
+        out_N = torch.empty(layout.numel, device=self._device)
+        codec = implementation(self._place.backend, self._device, layout.format)
+        codec.decode_bucket(codes_1S, layout, out_N, Coding())
+        return out_N
 
-    def _load(self, turn: Turn) -> Tensor:
-        assert turn.samples is not None
-        return self._cache.load(*self._ids(turn.samples, turn))
+    def _kept(self, turn: Turn) -> Tensor:
+        """What both sides hold of the micro-batch; zeros if not of all its samples."""
+        if turn.samples is None or not self._knows(turn):
+            return torch.zeros(self._rows * self._numel, device=self._device)
+        return self._cache.load(*self._ids(turn.samples, turn)).reshape(-1)
 
-    def _keep(self, kept: Tensor, new: Tensor, turn: Turn) -> None:
+    def _keep(self, kept_N: Tensor, new_N: Tensor, turn: Turn) -> None:
         assert turn.samples is not None
         host, on_device = self._ids(turn.samples, turn)
-        self._cache.save(host, on_device, torch.where(new.isfinite(), new, kept))
+        rows = torch.where(new_N.isfinite(), new_N, kept_N).view(self._rows, -1)
+        self._cache.save(host, on_device, rows)
         self._known[host] = True
 
     def _agrees(self, theirs: Tensor, turn: Turn) -> Tensor:

@@ -40,8 +40,8 @@ class SampleCache:
         file: Path | None = None,
         backend: str = "auto",
     ) -> None:
-        """numel: a multiple of storage.unit. file: of place "disk", made anew; it may have holes."""
-        self._layout, self._device, self._backend = Layout(storage, numel), device, backend
+        """file: of place "disk", made anew; it may have holes."""
+        self._numel, self._layout, self._device, self._backend = numel, Layout(storage, numel), device, backend
         self._pinned = device.type == "cuda"
         self._thread = None if place == "device" else ThreadPoolExecutor(1, thread_name_prefix="commq-samples")
         self._asked: dict[bytes, Future[Tensor]] = {}
@@ -76,7 +76,8 @@ class SampleCache:
         stored = torch.empty(len(ids), self._layout.nbytes, dtype=torch.uint8, device=self._device)
         layout = self._of(len(ids))
         codec = implementation(self._backend, self._device, layout.format)
-        codec.encode_bucket(rows.reshape(-1), stored, layout, Coding())
+        padded = torch.nn.functional.pad(rows, (0, self._layout.chunk_numel - self._numel))
+        codec.encode_bucket(padded.view(-1), stored, layout, Coding())
         if self._thread is None:
             self._rows.index_copy_(0, ids_on_device, stored)
             return
@@ -101,13 +102,13 @@ class SampleCache:
             self._thread.submit(self._write, ids, stored, None).result()
 
     def _of(self, rows: int) -> Layout:
-        return Layout(self._layout.format, rows * self._layout.numel, rows)
+        return Layout(self._layout.format, rows * self._layout.chunk_numel, rows)
 
     def _decode(self, stored: Tensor) -> Tensor:
         layout = self._of(stored.shape[0])
         out = torch.empty(layout.numel, device=self._device)
         implementation(self._backend, self._device, layout.format).decode_bucket(stored, layout, out, Coding())
-        return out.view(stored.shape[0], -1)
+        return out.view(stored.shape[0], -1)[:, : self._numel]
 
     def _read(self, ids: Tensor) -> Tensor:
         rows = self._rows[ids]

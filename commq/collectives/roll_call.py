@@ -8,6 +8,7 @@ verdict stands; ranks that come to an error later, because a survivor has left, 
 from __future__ import annotations
 
 import threading
+import time
 from datetime import timedelta
 from types import TracebackType
 
@@ -68,11 +69,13 @@ class RollCall:
         number = self._store.add(_CALLS, 1)
         keys = [f"commq/roll/{number}/{rank}" for rank in range(self._world_size)]
         self._store.set(keys[self._rank], "")
-        try:
-            self._store.wait(keys, PATIENCE)
-            return ()
-        except (RuntimeError, dist.DistStoreError):
-            missing = [rank for rank, key in enumerate(keys) if not self._store.check([key])]
+        deadline, pause = time.monotonic() + PATIENCE.total_seconds(), threading.Event()
+        missing = list(range(self._world_size))
+        # Not store.wait: it would keep the store from the thread, which may have another call to answer meanwhile.
+        while missing := [rank for rank in missing if not self._store.check([keys[rank]])]:
+            if time.monotonic() > deadline:
+                break
+            pause.wait(PERIOD / 5)
         if not missing:
             return ()
         return _read(self._store.compare_set(_VERDICT, "", ",".join(map(str, missing))))
