@@ -1,6 +1,7 @@
 """commq.PipelineStage under torch's schedules: same bits with fp32, else within the bound; what goes wrong is said."""
 
 import os
+from contextlib import nullcontext
 from datetime import timedelta
 
 import pytest
@@ -94,9 +95,10 @@ def test_gradients_and_bytes_under_every_schedule():
     tensor = ROWS * 3 * WIDTH
     for schedule, per_rank in SCHEDULES if dist.get_world_size() == 3 else SCHEDULES[1:]:
         expected = train(schedule, plain, per_rank=per_rank)
-        same = train(schedule, encoded("fp32", "fp32"), per_rank=per_rank)
-        for one, other in zip(expected, same, strict=True):
-            assert torch.equal(one.submod.weight.grad, other.submod.weight.grad)
+        for ahead in (0, 1, 3):
+            same = train(schedule, encoded("fp32", "fp32", ahead=ahead), per_rank=per_rank)
+            for one, other in zip(expected, same, strict=True):
+                assert torch.equal(one.submod.weight.grad, other.submod.weight.grad)
         exact = everyone(expected)
 
         stages = train(schedule, encoded("int4", "int8"), per_rank=per_rank)
@@ -223,24 +225,24 @@ def test_a_stage_goes_on_from_its_state(tmp_path):
     assert again.sent_bytes == going.sent_bytes
 
 
-def train_until_one_dies(victim):
+def train_until_one_dies(victim, ahead):
     roll_call.PATIENCE = timedelta(seconds=3)
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    stage = encoded("int4", "int8")(Scale(rank), rank, world_size)
+    stage = encoded("int4", "int8", ahead=ahead)(Scale(rank), rank, world_size)
     runs = Schedule1F1B(stage, n_microbatches=CHUNKS, loss_fn=lambda y, target: (y * target).sum())
     x, target = batch()
     for step in range(10_000):
         if step == 3 and rank == victim:
             os._exit(9)
-        with stage.watch():
+        with stage.watch() if ahead == 0 else nullcontext():
             runs.step(*([x] if rank == 0 else []), **({"target": target} if rank == world_size - 1 else {}))
 
 
-@pytest.mark.parametrize("victim", [0, 2])
-def test_a_stage_that_dies_is_named_by_all_others(victim):
+@pytest.mark.parametrize(("victim", "ahead"), [(0, 1), (2, 0)])
+def test_a_stage_that_dies_is_named_by_all_others(victim, ahead):
     """By those that only wait for survivors, too."""
     with pytest.raises(RankError) as caught:
-        run_processes(train_until_one_dies, 4, args=(victim,))
+        run_processes(train_until_one_dies, 4, args=(victim, ahead))
     said = str(caught.value)
     for survivor in {0, 1, 2, 3} - {victim}:
         assert f"RankLostError: rank {survivor} of 4: a step failed: rank {victim} has died" in said
