@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore
 
 from commq.collectives.memory import memory_of
 
@@ -24,7 +25,7 @@ class Channel:
         # dist.new_group would take all ranks of the job, or as many groups on both ranks.
         facts, key = memory_of(group).facts, ("channels", name)
         facts[key] = facts.get(key, 0) + 1
-        store = dist.PrefixStore(f"commq/channel/{name}/{facts[key]}/", group.get_group_store())
+        store = PrefixStore(f"commq/channel/{name}/{facts[key]}/", group.get_group_store())
         rank = ranks.index(dist.get_rank(group))
         self._peer = 1 - rank
         like = group._get_backend(device)
