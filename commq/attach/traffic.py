@@ -24,7 +24,6 @@ class _Arrival:
     """A micro-batch that is to be received."""
 
     turn: Turn
-    operations: list[dist.P2POp]
     coded: list[tuple[int, Tensor]] = field(default_factory=list)
     """Number and tensor of those that travel encoded."""
     works: list[dist.Work] = field(default_factory=list)
@@ -72,7 +71,9 @@ class Traffic:
 
     def post(self, operations: list[dist.P2POp], turn: Turn) -> list[dist.P2POp]:
         """Get ready to receive what was encoded; what is left for the schedule to receive. `land` decodes it."""
-        arrival = self._arrivals[turn.chunk] = _Arrival(turn, operations)
+        if not operations:
+            return []
+        arrival = self._arrivals[turn.chunk] = _Arrival(turn)
         for index, operation in enumerate(operations):
             y = operation.tensor.detach()
             if y.dtype in RAW:

@@ -17,10 +17,19 @@ from commq.train.config import Config
 from commq.train.data import load_corpus
 from commq.train.display import Display
 from commq.train.metrics import Metrics, Row, check_tensorboard
-from commq.train.ranks import Ranks, compare_ranks
+from commq.train.ranks import Ranks, check_stages, compare_ranks
 from commq.train.sharded import ShardedTrainer
 from commq.train.stop import Stop
 from commq.train.trainer import Trainer
+
+
+def trainer_of(config: Config) -> type[Trainer]:
+    """What trains by this configuration."""
+    if config.pipeline.pipeline_stages > 1:
+        from commq.train.pipelined import PipelineTrainer  # takes seconds
+
+        return PipelineTrainer
+    return Trainer if config.parallel == "ddp" else ShardedTrainer
 
 
 class Run:
@@ -40,6 +49,7 @@ class Run:
         error: Exception | None = None
         try:
             recipe = commq.recipe(config.recipe, seed=config.seed)
+            check_stages(config.pipeline.pipeline_stages, ranks)
             corpus = load_corpus(config.data.data, max_mb=config.data.max_mb, context=config.model.context)
             checkpoint = self._find_checkpoint()
             if config.output.tensorboard:
@@ -50,10 +60,10 @@ class Run:
             error = problem
         compare_ranks(facts, error)
 
-        self.trainer = (Trainer if config.parallel == "ddp" else ShardedTrainer)(config, recipe, corpus, ranks)
+        self.trainer = trainer_of(config)(config, recipe, corpus, ranks)
         self._say(f"{ranks}, torch {self._place['torch']}")
         self._say(f"data    {corpus}")
-        self._say(f"model   {sum(p.numel() for p in self.trainer.ddp.parameters()) / 1e6:.2f} M parameters")
+        self._say(f"model   {self.trainer.count_parameters() / 1e6:.2f} M parameters")
         self._say(f"recipe  {self.trainer.recipe}")
         self._say("config  " + " ".join(f"{name}={value}" for name, value in config.flat().items()))
         if checkpoint is not None:
