@@ -29,6 +29,7 @@ from commq.attach.sample_cache import PLACES, SampleCache, row_bytes
 from commq.codecs.formats import Format, get_format
 from commq.codecs.ops import check_coding, implementation
 from commq.codecs.reference import Coding
+from commq.codecs.rotation import Rotation
 from commq.codecs.wire import Layout
 
 _log = logging.getLogger("commq")
@@ -43,6 +44,8 @@ class Differences:
     """Numbers are 0 to samples - 1."""
     format: Format = get_format("int4")
     """Of differences: 2 to 4 bits."""
+    rotation: Rotation | None = None
+    """Of differences."""
     first: Format = get_format("bf16")
     """Of what crosses for the first time, and of samples without names."""
     storage: Format = get_format("bf16")
@@ -53,8 +56,11 @@ class Differences:
     """Of cache "disk": where each side makes its file."""
 
     def __post_init__(self) -> None:
-        for fmt in (self.format, self.first, self.storage):
+        check_coding(self.format, self.coding)
+        for fmt in (self.first, self.storage):
             check_coding(fmt, Coding())
+        if self.rotation is not None and self.rotation.signs:
+            raise ValueError("differences with a rotation with signs: those change with the step; drop the signs")
         if self.format.kind == "raw":
             raise ValueError(f"differences in format {self.format.name!r}: expected one of few bits, such as int4")
         if self.samples < 1 or self.cache not in PLACES or (self.cache == "disk") != (self.folder is not None):
@@ -62,6 +68,11 @@ class Differences:
                 f"differences of {self.samples} samples with cache={self.cache!r}, folder={self.folder}: expected one "
                 f"sample or more, cache one of {', '.join(PLACES)}, and a folder for disk alone"
             )
+
+    @property
+    def coding(self) -> Coding:
+        """Of differences."""
+        return Coding(rotation=self.rotation)
 
     def cache_bytes(self, shape: Sequence[int]) -> int:
         """Bytes that each side of a boundary keeps, for one sample's activation of this shape."""
@@ -98,7 +109,7 @@ class _DifferenceCrossing(Crossing):
             wire_S[: 8 * self._rows].view(torch.int64).copy_(self._ids(turn.samples, turn)[1])
         codes_1S = wire_S[header:].view(1, -1)
         codec = implementation(self._place.backend, self._device, layout.format)
-        codec.encode_bucket(x_N.to(torch.float32) - kept_N, codes_1S, layout, Coding())
+        codec.encode_bucket(x_N.to(torch.float32) - kept_N, codes_1S, layout, self._coding(layout))
         if turn.samples is not None:
             self._keep(kept_N, kept_N + self._decoded(codes_1S, layout), turn)
 
@@ -151,13 +162,18 @@ class _DifferenceCrossing(Crossing):
     def _layout(self, turn: Turn) -> Layout:
         """Of the micro-batch on the wire. A difference that would not be shorter goes in format `first`, too."""
         numel = self._rows * self._numel
-        first, later = Layout(self._way.first, numel), Layout(self._way.format, numel)
+        rotation = self._way.rotation
+        first = Layout(self._way.first, numel)
+        later = Layout(self._way.format, numel, align=rotation.size if rotation else 1)
         return later if self._knows(turn) and later.nbytes < first.nbytes else first
+
+    def _coding(self, layout: Layout) -> Coding:
+        return self._way.coding if layout.format is self._way.format else Coding()
 
     def _decoded(self, codes_1S: Tensor, layout: Layout) -> Tensor:
         out_N = torch.empty(layout.numel, device=self._device)
         codec = implementation(self._place.backend, self._device, layout.format)
-        codec.decode_bucket(codes_1S, layout, out_N, Coding())
+        codec.decode_bucket(codes_1S, layout, out_N, self._coding(layout))
         return out_N
 
     def _kept(self, turn: Turn) -> Tensor:
