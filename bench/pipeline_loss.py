@@ -9,8 +9,8 @@
 A byte GPT of 10.8 M parameters in 4 stages, which live in one process (bench/pipeline_chain.py). pretrain: one pass, no
 sequence twice. finetune: an uncompressed run of `--steps` on the first half of the text, the same for all methods of a
 seed, then several epochs over `--samples` sequences of the second half. Losses are those of the whole model on held-out
-text. Gradients cross in int8 throughout. Runs that are in --out are not repeated; each takes a GPU process of its own, so
-start one for each seed to use a GPU that has room.
+text. Gradients cross in int8 throughout. Runs that are in --out are not repeated. They follow each other in a process:
+start one for each seed, with outputs of their own, to use a GPU that has room.
 
 Gates: gap <= max(0.5 %, 2 standard errors) of the best differences of 2 to 3 bits (finetune) and of tiles (pretrain).
 The controls, 2 bits direct, must fail them.
@@ -237,6 +237,7 @@ def main() -> None:
     if args.report:
         print(report(read_rows(Path(args.report))))
         return
+    torch.set_num_threads(1)
     out = Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     names = ("task", "steps", "rows", "micro_batches", "samples", "epochs", "layers", "dim", "heads", "context")
