@@ -65,7 +65,7 @@ class PipelineStage(pipelining.PipelineStage):
         transport = C10d(group)
         check_equal("forward, backward, ahead and seed of a pipeline's stages", repr((*ways, ahead, seed)), transport)
         self._ahead, self._names_samples = ahead, ways[0].names_samples
-        self._roll_call = RollCall(transport.group)
+        self._roll_call = RollCall.of(transport.group)
         self._step, self._first_step = 0, 1
         self._samples: Samples | None = None
         self._named = False

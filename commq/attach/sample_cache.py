@@ -43,7 +43,11 @@ class SampleCache:
         """file: of place "disk", made anew; it may have holes."""
         self._numel, self._layout, self._device, self._backend = numel, Layout(storage, numel), device, backend
         self._pinned = device.type == "cuda"
-        self._thread = None if place == "device" else ThreadPoolExecutor(1, thread_name_prefix="commq-samples")
+        self._thread = None
+        if place != "device":
+            # Pinning memory in a thread happens on the device that is current there.
+            choose = (lambda: torch.cuda.set_device(device)) if self._pinned else None
+            self._thread = ThreadPoolExecutor(1, "commq-samples", initializer=choose)
         self._asked: dict[bytes, Future[Tensor]] = {}
         shape = samples, self._layout.nbytes
         if file is not None:

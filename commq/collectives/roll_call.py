@@ -15,6 +15,7 @@ from types import TracebackType
 import torch.distributed as dist
 
 from commq.collectives.lost import RankLostError
+from commq.collectives.memory import memory_of
 
 PERIOD = 0.5
 """Seconds between two looks at the store."""
@@ -35,6 +36,15 @@ class RollCall:
         self._rank, self._world_size = dist.get_rank(group), dist.get_world_size(group)
         self._thread: threading.Thread | None = None
         self._answered = 0
+
+    @staticmethod
+    def of(group: dist.ProcessGroup) -> RollCall:
+        """The group's: one thread is enough."""
+        facts = memory_of(group).facts
+        if RollCall not in facts:
+            facts[RollCall] = RollCall(group)
+        found: RollCall = facts[RollCall]
+        return found
 
     def __enter__(self) -> None:
         if self._thread is None:
