@@ -60,7 +60,7 @@ def test_rows_say_what_was_sent():
     args = argparse.Namespace(
         rates="unshaped", model="tiny", rows=4, micro_batches=2, schedule="gpipe", device="cpu", budget=float("inf")
     )
-    args.methods = "no communication,torch,bf16,int4,differences int2"
+    args.methods = "no communication,bf16,int4 / int,differences int2"
     rows = list(Worker(args).execute())
     wanted = tuple(args.methods.split(","))
     assert [row["method"] for row in rows] == [each.name for each in methods(8) if each.name.startswith(wanted)]

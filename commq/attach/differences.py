@@ -93,8 +93,9 @@ class _DifferenceCrossing(Crossing):
         file = None
         if way.folder is not None:
             file = way.folder / f"boundary-{place.boundary}-tensor-{place.index}-{side}.bin"
-        shape = like.shape[1:]
-        _log.info("%s, %s: keeps %.3f GB (%s)", place, side, way.cache_bytes(shape) / 1e9, way.cache)
+        if place.sends:
+            size = way.cache_bytes(like.shape[1:]) / 1e9
+            _log.warning("%s: each side keeps %.3f GB (%s) for %d samples", place, size, way.cache, way.samples)
         self._cache = SampleCache(
             way.samples, self._numel, way.storage, way.cache, like.device, file, place.backend
         )  # fmt: skip
