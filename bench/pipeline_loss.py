@@ -9,11 +9,11 @@
 A byte GPT of 10.8 M parameters in 4 stages, which live in one process (bench/pipeline_chain.py). pretrain: one pass, no
 sequence twice. finetune: an uncompressed run of `--steps` on the first half of the text, the same for all methods of a
 seed, then several epochs over `--samples` sequences of the second half. Losses are those of the whole model on held-out
-text. Gradients cross in int8 throughout. Runs that are in --out are not repeated. They follow each other in a process:
-start one for each seed, with outputs of their own, to use a GPU that has room.
+text. Gradients cross in int8 throughout. Runs that are in --out are not repeated. Those of a seed follow each other in
+one process; seeds share a GPU, under NVIDIA MPS if it is there.
 
-Gates: gap <= max(0.5 %, 2 standard errors) of the best differences of 2 to 3 bits (finetune) and of tiles (pretrain).
-The controls, 2 bits direct, must fail them.
+"tiles 0" has 4 bits throughout. Gates: gap <= max(0.5 %, 2 standard errors) of the best differences of 2 to 3 bits
+(finetune) and of the best tiles (pretrain). The controls, 2 bits direct, must fail them.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import argparse
 import json
 import math
 import statistics
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -32,7 +33,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 ROOT = Path(__file__).resolve().parent
-sys.path[:0] = [str(ROOT), str(ROOT.parent)]
+sys.path[:0] = [str(ROOT), str(ROOT.parent), str(ROOT.parent / "launch")]
 
 import commq  # noqa: E402
 from commq.attach.crossing import Way, way_of  # noqa: E402
@@ -41,6 +42,7 @@ from commq.train.config import ModelConfig, OptimizerConfig  # noqa: E402
 from commq.train.data import load_corpus, train_batch, val_batches  # noqa: E402
 from commq.train.model import GPT, next_byte_loss  # noqa: E402
 from commq.train.optimizer import learning_rate, make_optimizer  # noqa: E402
+from convergence import shared_gpu  # noqa: E402
 from pipeline_chain import Chain  # noqa: E402
 from timing import environment  # noqa: E402
 
@@ -50,11 +52,11 @@ BOUND = 0.5
 ROTATION = commq.Rotation(size=128)
 METHODS = {
     "finetune": (BASELINE, "differences lloyd2", "differences int2", "differences alq3", "differences int4", CONTROL),
-    "pretrain": (BASELINE, "tiles", "direct int4", CONTROL),
+    "pretrain": (BASELINE, "tiles", "tiles 0", "direct int4", CONTROL),
 }
 JUDGED = {
     "finetune": ("differences lloyd2", "differences int2", "differences alq3"),
-    "pretrain": ("tiles",),
+    "pretrain": ("tiles", "tiles 0"),
 }
 FINETUNE = OptimizerConfig(lr=3e-4, warmup=20)
 PRETRAIN = OptimizerConfig(lr=1.5e-3, warmup=100)
@@ -67,7 +69,7 @@ def ways_of(method: str, samples: int) -> tuple[Way, Way]:
         return way_of("fp32"), way_of("fp32")
     kind, _, name = method.partition(" ")
     if kind == "tiles":
-        return way_of("tiles"), way_of("int8")
+        return commq.Tiles(narrow_share=float(name or 0.2)), way_of("int8")
     fmt = get_format(name, block=128)
     if kind == "direct":
         return way_of(fmt), way_of("int8")
@@ -222,7 +224,7 @@ def main() -> None:
     add("--seeds", default="0,1,2")
     add("--steps", type=int, default=1000, help="of pretraining")
     add("--rows", type=int, default=32, help="sequences of a step")
-    add("--micro-batches", type=int, default=4)
+    add("--micro-batches", type=int, default=2)
     add("--samples", type=int, default=4096, help="sequences of an epoch of fine-tuning")
     add("--epochs", type=int, default=6)
     add("--layers", type=int, default=6)
@@ -240,6 +242,26 @@ def main() -> None:
     torch.set_num_threads(1)
     out = Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)
+    if args.device == "cuda" and "," in args.seeds:
+        code = run_seeds(args.seeds.split(","))
+        print(report(read_rows(out)))
+        sys.exit(code)
+    run(args)
+    print(report(read_rows(out)))
+
+
+def run_seeds(seeds: list[str]) -> int:
+    """A process for each seed, at once; the first exit code that is not 0."""
+    command = [sys.executable, str(Path(__file__).resolve()), *sys.argv[1:], "--seeds"]
+    with shared_gpu("cuda"):
+        processes = [subprocess.Popen([*command, seed]) for seed in seeds]
+        codes = [process.wait() for process in processes]
+    return next((code for code in codes if code), 0)
+
+
+def run(args: argparse.Namespace) -> None:
+    """One method after the other, seed by seed."""
+    out = Path(args.out)
     names = ("task", "steps", "rows", "micro_batches", "samples", "epochs", "layers", "dim", "heads", "context")
     setting = {name: getattr(args, name) for name in (*names, "val_bytes", "device")}
     for seed in map(int, args.seeds.split(",")):
@@ -251,7 +273,6 @@ def main() -> None:
             with out.open("a") as stream:
                 stream.write(json.dumps({**row, "environment": environment(args.device)}) + "\n")
             print(f"seed {seed}  {method:<22} val {row['val_loss']}  {row['seconds']:.0f} s", flush=True)
-    print(report(read_rows(out)))
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ class PipelineStage(pipelining.PipelineStage):
 
     forward, backward: how activations and their gradients travel: a format or its name ("int4"), "tiles", or a
     `commq.Direct`, `Tiles` or `Differences`. seed: of stochastic rounding. All other arguments are torch's.
-    ahead: micro-batches whose receives are posted before the schedule asks for them, on a channel (a process group) for
+    ahead: micro-batches whose receives are posted before the schedule asks for them, on a channel of its own for
     each boundary and direction. 0: the schedule's own operations, one after the other, on its group.
     Error: what a stage receives is within the format's `error_bound` of what was sent; with fp32 for float32 tensors,
     the same bits. NaN and infinity arrive as NaN, with their block.
