@@ -52,7 +52,7 @@ BOUND = 0.5
 ROTATION = commq.Rotation(size=128)
 METHODS = {
     "finetune": (BASELINE, "differences lloyd2", "differences int2", "differences alq3", "differences int4", CONTROL),
-    "pretrain": (BASELINE, "tiles", "tiles 0", "direct int4", CONTROL),
+    "pretrain": (BASELINE, "tiles", "tiles 0", "direct int4", "direct lloyd4", CONTROL),
 }
 JUDGED = {
     "finetune": ("differences lloyd2", "differences int2", "differences alq3"),
@@ -71,9 +71,9 @@ def ways_of(method: str, samples: int) -> tuple[Way, Way]:
     if kind == "tiles":
         return commq.Tiles(narrow_share=float(name or 0.2)), way_of("int8")
     fmt = get_format(name, block=128)
-    if kind == "direct":
-        return way_of(fmt), way_of("int8")
     rotation = ROTATION if fmt.fit != "largest" else None
+    if kind == "direct":
+        return commq.Direct(fmt, rotation=rotation), way_of("int8")
     return commq.Differences(samples=samples, format=fmt, rotation=rotation, cache="device"), way_of("int8")
 
 
