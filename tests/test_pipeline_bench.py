@@ -60,13 +60,13 @@ def test_rows_say_what_was_sent():
     args = argparse.Namespace(
         rates="unshaped", model="tiny", rows=4, micro_batches=2, schedule="gpipe", device="cpu", budget=float("inf")
     )
-    args.methods = "no communication,bf16,int4 / int,differences int2"
+    args.methods = "no communication,bf16,ahead 0,int4,differences int2"
     rows = list(Worker(args).execute())
     wanted = tuple(args.methods.split(","))
     assert [row["method"] for row in rows] == [each.name for each in methods(8) if each.name.startswith(wanted)]
     sent = {row["method"]: row["busiest_bytes"] for row in rows}
     tensor = 4 * 64 * 64  # of a step; each rank sends one and receives one
-    assert sent["bf16"] == sent["bf16, ahead=0"] == 2 * tensor
+    assert sent["bf16"] == sent["ahead 0: bf16"] == 2 * tensor
     assert sent["int4 / int4"] < sent["int4 / int8"] == sent["differences int2 / int8"] < 0.52 * sent["bf16"]
     assert all(line(row, rows) for row in rows)
     args.budget = -1.0
