@@ -12,6 +12,7 @@ from torch.distributed.pipelining import ScheduleGPipe
 sys.path.append(str(Path(__file__).parent.parent / "bench"))
 
 import commq
+import pipeline
 from commq.attach.crossing import way_of
 from commq.attach.pipeline import PipelineStage
 from commq.train.config import ModelConfig
@@ -60,6 +61,7 @@ def test_rows_say_what_was_sent():
     args = argparse.Namespace(
         rates="unshaped", model="tiny", rows=4, micro_batches=2, schedule="gpipe", device="cpu", budget=float("inf")
     )
+    pipeline.SECONDS = 0.0  # as few steps as may be; this process is the test's own
     args.methods = "no communication,bf16,ahead 0,int4,differences int2"
     rows = list(Worker(args).execute())
     wanted = tuple(args.methods.split(","))
