@@ -49,7 +49,6 @@ from timing import environment  # noqa: E402
 STAGES = 4
 BASELINE, CONTROL = "fp32", "direct int2"
 BOUND = 0.5
-ROTATION = commq.Rotation(size=128)
 METHODS = {
     "finetune": (BASELINE, "differences lloyd2", "differences int2", "differences alq3", "differences int4", CONTROL),
     "pretrain": (BASELINE, "tiles", "tiles 0", "direct int4", "direct lloyd4", CONTROL),
@@ -63,15 +62,16 @@ PRETRAIN = OptimizerConfig(lr=1.5e-3, warmup=100)
 Row = dict[str, Any]
 
 
-def ways_of(method: str, samples: int) -> tuple[Way, Way]:
-    """Forward and backward."""
+def ways_of(method: str, samples: int, width: int) -> tuple[Way, Way]:
+    """Forward and backward. width: of a token; no block spans two."""
     if method == BASELINE:
         return way_of("fp32"), way_of("fp32")
     kind, _, name = method.partition(" ")
     if kind == "tiles":
         return commq.Tiles(narrow_share=float(name or 0.2)), way_of("int8")
-    fmt = get_format(name, block=128)
-    rotation = ROTATION if fmt.fit != "largest" else None
+    block = min(width & -width, 128)
+    fmt = get_format(name, block=block)
+    rotation = commq.Rotation(size=block) if fmt.fit != "largest" else None
     if kind == "direct":
         return commq.Direct(fmt, rotation=rotation), way_of("int8")
     return commq.Differences(samples=samples, format=fmt, rotation=rotation, cache="device"), way_of("int8")
@@ -95,7 +95,7 @@ class Run:
 
     def _pretrain(self, method: str, text: Tensor) -> int:
         """Bytes that all boundaries carried."""
-        chain = Chain(self.gpt, STAGES, ways_of(method, 1), seed=self.seed)
+        chain = Chain(self.gpt, STAGES, ways_of(method, 1, self.model.dim), seed=self.seed)
         optimizer, steps = make_optimizer(self.gpt, PRETRAIN), self.args.steps
         for step in range(1, steps + 1):
             tokens = train_batch(
@@ -111,7 +111,7 @@ class Run:
         all_tokens = train_batch(
             text[half:], seed=self.seed, step=0, micro=0, rank=0, rows=args.samples, context=args.context
         )
-        chain = Chain(self.gpt, STAGES, ways_of(self.method, args.samples), seed=self.seed)
+        chain = Chain(self.gpt, STAGES, ways_of(self.method, args.samples, args.dim), seed=self.seed)
         optimizer, step = make_optimizer(self.gpt, FINETUNE), 0
         steps = args.epochs * (args.samples // args.rows)
         for epoch in range(args.epochs):

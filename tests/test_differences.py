@@ -130,3 +130,19 @@ def test_what_cannot_be_is_refused(tmp_path):
     with pytest.raises(ValueError, match="expected samples in rows"):
         way(tmp_path).crossing(Place(0, False, True, 0, 0, Memory(), "auto"), torch.empty(7))
     assert way(tmp_path).cache_bytes(SHAPE) == SAMPLES * 15 * 2
+
+
+def test_blocks_that_span_tokens_are_said_once(caplog):
+    place = Place(0, False, True, 0, 0, Memory(), "auto")
+    for way, width, said in (
+        (commq.Direct(commq.get_format("int4")), 128, False),
+        (commq.Direct(commq.get_format("int4")), 64, True),
+        (commq.Direct(commq.get_format("int4", block=64), rotation=commq.Rotation(size=128)), 64, True),
+        (commq.Direct(commq.get_format("bf16")), 7, False),
+        (commq.Tiles(), 384, False),
+        (commq.Tiles(), 96, True),
+        (commq.Differences(samples=2, cache="device"), 64, True),
+    ):
+        caplog.clear()
+        way.crossing(place, torch.empty(2, 5, width))
+        assert ("encoded together" in caplog.text) == said, (way, width)

@@ -88,6 +88,6 @@ def test_gates_pass_and_fail():
     text = report([*found[:3], *rows("pretrain", "tiles", 1.1, 1.2, 1.3), *rows("pretrain", CONTROL, 1.0, 1.1, 1.2)])
     assert "FAIL  tiles +9.141 %" in text and f"FAIL  {CONTROL}" in text
     for task, names in METHODS.items():
-        assert all(ways_of(name, 4) for name in names), task
+        assert all(ways_of(name, 4, 384) for name in names), task
     with pytest.raises(ValueError, match="unknown"):
-        ways_of("direct int5", 4)
+        ways_of("direct int5", 4, 384)

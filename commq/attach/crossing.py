@@ -6,6 +6,7 @@ for each tensor of the boundary and direction. Both sides do the same turns, so 
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -15,11 +16,13 @@ from commq.codecs.formats import Format, get_format
 from commq.codecs.ops import check_coding
 from commq.codecs.reference import Coding
 from commq.codecs.rotation import Rotation
-from commq.codecs.tiles import TileLayout, decode_tiles, encode_tiles
+from commq.codecs.tiles import TILE, TileLayout, decode_tiles, encode_tiles
 from commq.collectives.memory import Memory
 from commq.collectives.message import send_stream
 from commq.collectives.plan import RAW
 from commq.collectives.rows import RowCodec, RowTensors
+
+_log = logging.getLogger("commq")
 
 
 @dataclass(frozen=True)
@@ -109,9 +112,25 @@ class Way(Protocol):
         """Of tensors with the shape, dtype and device of `like`."""
 
 
+def warn_of_shared_blocks(place: Place, like: Tensor, unit: int) -> None:
+    """Once for a boundary, where runs of `unit` elements that are encoded together span tokens (rows of the last
+    dimension)."""
+    if place.sends and like.ndim > 1 and like.shape[-1] % unit:
+        _log.warning(
+            "%s: %d elements are encoded together, tokens have %d: what one token loses depends on the next, which a "
+            "causal model must not see in training; choose a block and a rotation that divide the width",
+            place,
+            unit,
+            like.shape[-1],
+        )
+
+
 @dataclass(frozen=True)
 class Direct:
-    """Every tensor as codes of a format, nothing kept. One that would not shrink travels as it is."""
+    """Every tensor as codes of a format, nothing kept. One that would not shrink travels as it is.
+
+    Blocks and rotated runs should divide the width of a token: one that spans two tells the first about the second.
+    """
 
     names_samples: ClassVar[bool] = False
     format: Format
@@ -130,6 +149,8 @@ class _DirectCrossing(Crossing):
         self._format, self._place, self._device = way.format, place, like.device
         rounding, rotation = way.rounding, way.rotation
         self._coding = Coding(rounding=rounding, rotation=rotation, seed=place.seed, stream=place.stream)
+        if not place.backward and way.format.kind != "raw":
+            warn_of_shared_blocks(place, like, max(way.format.unit, rotation.size if rotation else 1))
         (self._piece,) = self._codec(self._coding).pieces([like.numel()], like.dtype, single=True)
 
     def nbytes(self, turn: Turn) -> int:
@@ -168,6 +189,8 @@ class Tiles:
         layout = TileLayout(like.numel(), self.narrow_share)
         if layout.nbytes >= like.numel() * like.dtype.itemsize:
             return Direct(get_format(RAW[like.dtype])).crossing(place, like)
+        if not place.backward:
+            warn_of_shared_blocks(place, like, TILE)
         return _TileCrossing(layout, self.tau)
 
 

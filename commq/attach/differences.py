@@ -24,7 +24,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from commq.attach.crossing import Crossing, Place, Samples, Turn
+from commq.attach.crossing import Crossing, Place, Samples, Turn, warn_of_shared_blocks
 from commq.attach.sample_cache import PLACES, SampleCache, row_bytes
 from commq.codecs.formats import Format, get_format
 from commq.codecs.ops import check_coding, implementation
@@ -95,6 +95,7 @@ class _DifferenceCrossing(Crossing):
             file = way.folder / f"boundary-{place.boundary}-tensor-{place.index}-{side}.bin"
         if place.sends:
             size = way.cache_bytes(like.shape[1:]) / 1e9
+            warn_of_shared_blocks(place, like, max(way.format.unit, way.rotation.size if way.rotation else 1))
             _log.warning("%s: each side keeps %.3f GB (%s) for %d samples", place, size, way.cache, way.samples)
         self._cache = SampleCache(
             way.samples, self._numel, way.storage, way.cache, like.device, file, place.backend

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 import commq
 from commq.attach.pipeline import PipelineStage
+from commq.codecs.formats import MIN_BLOCK, Format, get_format
 from commq.stats import Stats
 from commq.train.data import val_batches
 from commq.train.model import GPT, VOCABULARY, next_byte_loss, rotation_table
@@ -117,8 +118,8 @@ class PipelineTrainer(Trainer):
             index,
             self._stages,
             device,
-            forward=config.pipeline.pipeline_forward,
-            backward=config.pipeline.pipeline_backward,
+            forward=_way(config.pipeline.pipeline_forward, config.model.dim),
+            backward=_way(config.pipeline.pipeline_backward, config.model.dim),
             group=pipe,
             seed=config.seed,
             input_args=tokens if index == 0 else inside,
@@ -211,6 +212,13 @@ class PipelineTrainer(Trainer):
     @property
     def _data_rank(self) -> int:
         return self._pipeline
+
+
+def _way(name: str, width: int) -> Format | str:
+    """The format of this name with blocks that divide a token's width, so that no token tells the one before it."""
+    if name == "tiles" or get_format(name).kind == "raw":
+        return name
+    return get_format(name, block=max(MIN_BLOCK, min(get_format(name).block, width & -width)))
 
 
 def _groups(ranks: Ranks, stages: int) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
