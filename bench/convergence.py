@@ -100,7 +100,7 @@ class Driver:
         places = (gpus() if self.args.device == "cuda" else []) or [""]
         free = places * self.args.jobs
         running: list[_Process] = []
-        with _mps(self.args.device), tempfile.TemporaryDirectory() as folder:
+        with shared_gpu(self.args.device), tempfile.TemporaryDirectory() as folder:
             try:
                 while running or (waiting and not self._late()):
                     while free and waiting and not self._late():
@@ -171,7 +171,7 @@ class _Process:
 
 
 @contextmanager
-def _mps(device: str) -> Iterator[None]:
+def shared_gpu(device: str) -> Iterator[None]:
     """NVIDIA MPS for the runs, if there is a GPU: without it their kernels take turns."""
     program = mps_program() if device == "cuda" else None
     if program is None:

@@ -14,9 +14,13 @@ differentiable exchanges, for activations and their gradients; ColwiseParallel, 
 Experts are layers that use them. `commq.lowp` computes linear layers in low precision.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from commq import functional, lowp, optim
 from commq.attach.check import ReplicaError
+from commq.attach.crossing import Direct, Tiles
 from commq.attach.ddp import HookState, comm_hook, register
+from commq.attach.differences import Differences
 from commq.attach.estimate import estimate_memory
 from commq.attach.experts import Experts
 from commq.attach.fold import fold
@@ -42,10 +46,15 @@ from commq.policy.widths import Widths
 from commq.recipe import Recipe
 from commq.recipes import recipe, recipes
 
+if TYPE_CHECKING:
+    from commq.attach.pipeline import PipelineStage
+
 __all__ = [
     "FSDP",
     "Adapt",
     "ColwiseParallel",
+    "Differences",
+    "Direct",
     "Encoded",
     "Exempt",
     "Experts",
@@ -53,12 +62,14 @@ __all__ = [
     "Format",
     "HookState",
     "Phase",
+    "PipelineStage",
     "Recipe",
     "ReplicaError",
     "Rotation",
     "RowwiseParallel",
     "Rule",
     "SequenceParallel",
+    "Tiles",
     "Widths",
     "all_gather",
     "all_reduce",
@@ -84,3 +95,12 @@ __all__ = [
     "send",
 ]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """`PipelineStage`, when it is asked for: torch's pipelining takes two seconds to import, and Triton with it."""
+    if name == "PipelineStage":
+        from commq.attach.pipeline import PipelineStage
+
+        return PipelineStage
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

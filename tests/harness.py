@@ -53,7 +53,7 @@ GRACE = 5.0
 # Ranks are forked from a server that has imported what nearly all of them use (DDP and optimizers import
 # torch._dynamo): milliseconds in place of seconds for each. On macOS the system's own libraries do not survive that.
 forked = multiprocessing.get_context("spawn" if sys.platform == "darwin" else "forkserver")
-forked.set_forkserver_preload([threaded.__name__, "torch._dynamo", "pytest", "commq"])
+forked.set_forkserver_preload([threaded.__name__, "torch._dynamo", "pytest", "commq", "torch.distributed.pipelining"])
 
 if not hasattr(threaded.ThreadLocalWorld, "comms"):  # torch before 2.13 forgets it in destroy_process_group
     threaded.ThreadLocalWorld.comms = property(lambda world: [])

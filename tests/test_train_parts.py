@@ -9,7 +9,8 @@ import torch.distributed as dist
 
 import commq
 from commq.train import mixture
-from commq.train.config import Config, DataConfig, ModelConfig, OptimizerConfig, OutputConfig
+from commq.train.config import Config, DataConfig, ModelConfig, OptimizerConfig, OutputConfig, PipelineConfig
+from commq.train.config_numerics import GuardConfig, PrecisionConfig
 from commq.train.data import load_corpus
 from commq.train.metrics import read_rows
 from commq.train.mixture import MixtureTrainer
@@ -131,6 +132,9 @@ def test_runs_on_four_ranks(tmp_path):
         ({"tensor_parallel": 3}, "--heads 4"),
         ({"tensor_parallel": 2, "activations": "int9"}, "'int9' is unknown"),
         ({"tensor_parallel": 0}, "expected 1 or more"),
+        ({"tensor_parallel": 2, "lowp": PrecisionConfig(precision="fp8")}, "options of precision or of guards"),
+        ({"pipeline": PipelineConfig(pipeline_stages=2), "guard": GuardConfig(guard="watch")}, "or of guards"),
+        ({"pipeline": PipelineConfig(pipeline_stages=2), "experts": 2}, "expected one of them"),
     ],
 )
 def test_what_does_not_go_together_is_refused(options, message):

@@ -129,6 +129,20 @@ class OutputConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PipelineConfig:
+    pipeline_stages: int = 1
+    """Stages that the blocks are dealt out to, one process each; with more processes, several pipelines share the data
+    and average their gradients by the recipe. The micro-batches are those of --accumulate."""
+    pipeline_forward: str = "int4"
+    """How activations travel between stages: a format, or tiles (TAH-Quant)."""
+    pipeline_backward: str = "int8"
+    """How their gradients do."""
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "pipeline_stages")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Config:
     """Train a small GPT on bytes with compressed gradients.
 
@@ -157,6 +171,7 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     lowp: PrecisionConfig = field(default_factory=PrecisionConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
+    pipeline: PipelineConfig = field(default_factory=PipelineConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
 
     def __post_init__(self) -> None:
@@ -178,10 +193,22 @@ class Config:
         if self.lowp.fallback != "none" and self.guard.guard == "off":
             raise ValueError("--fallback follows loss spikes, which --guard watch or --guard rollback looks for")
 
+        self._check_stages()
+
+    def _check_stages(self) -> None:
+        stages = self.pipeline.pipeline_stages
+        if stages > self.model.layers:
+            raise ValueError(f"--pipeline-stages {stages} with --layers {self.model.layers}: a stage needs a block")
+        if stages > 1 and (self.parallel != "ddp" or self.optimizer.optimizer not in ("adamw", "sgd")):
+            raise ValueError(
+                f"--pipeline-stages {stages} with --parallel {self.parallel} and --optimizer "
+                f"{self.optimizer.optimizer}: expected ddp, and adamw or sgd"
+            )
+
     def flat(self) -> dict[str, bool | int | float | str | None]:
         """Every field by its name on the command line; plain data."""
         values: dict[str, bool | int | float | str | None] = {}
-        for owner in (self, self.model, self.data, self.optimizer, self.lowp, self.guard, self.output):
+        for owner in (self, self.model, self.data, self.optimizer, self.lowp, self.guard, self.pipeline, self.output):
             for item in dataclasses.fields(owner):
                 value = getattr(owner, item.name)
                 if not dataclasses.is_dataclass(value):

@@ -75,3 +75,11 @@ def compare_ranks(facts: Mapping[str, object], error: Exception | None = None) -
                     f"{name} differs between processes: rank 0 has {values[0]!r}, rank {rank} has {value!r}; "
                     "start all of them with the same options and files"
                 )
+
+
+def check_stages(stages: int, ranks: Ranks) -> None:
+    """ValueError if the ranks cannot be dealt out to pipelines of so many stages."""
+    if ranks.world_size % stages:
+        raise ValueError(
+            f"--pipeline-stages {stages} with {ranks.world_size} processes: expected a multiple of {stages} processes"
+        )

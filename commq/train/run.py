@@ -19,7 +19,7 @@ from commq.train.data import load_corpus
 from commq.train.display import Display
 from commq.train.metrics import Metrics, Row, check_tensorboard
 from commq.train.precision import describe
-from commq.train.ranks import Ranks, compare_ranks
+from commq.train.ranks import Ranks, check_stages, compare_ranks
 from commq.train.stop import Stop
 from commq.train.trainers import trainer_of
 
@@ -42,6 +42,7 @@ class Run:
         try:
             recipe = commq.recipe(config.recipe, seed=config.seed)
             precision = describe(config)
+            check_stages(config.pipeline.pipeline_stages, ranks)
             corpus = load_corpus(config.data.data, max_mb=config.data.max_mb, context=config.model.context)
             checkpoint = self._find_checkpoint()
             if config.output.tensorboard:
@@ -59,7 +60,7 @@ class Run:
         self.trainer = trainer_of(config)(config, recipe, corpus, ranks)
         self._say(f"{ranks}, torch {self._place['torch']}")
         self._say(f"data    {corpus}")
-        self._say(f"model   {sum(p.numel() for p in self.trainer.ddp.parameters()) / 1e6:.2f} M parameters")
+        self._say(f"model   {self.trainer.count_parameters() / 1e6:.2f} M parameters")
         self._say(f"recipe  {self.trainer.recipe}")
         if self.trainer.control is not None:
             self._say(f"lowp    {self.trainer.control.schedule}\n{self.trainer.control.conversion.table()}")

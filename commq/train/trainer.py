@@ -68,6 +68,10 @@ class Trainer:
         data = self.config.data
         return data.batch * data.accumulate * self.config.model.context * self.ranks.world_size
 
+    def count_parameters(self) -> int:
+        """Of the whole model."""
+        return sum(p.numel() for p in self.ddp.parameters())
+
     def train_step(self) -> tuple[Tensor, Tensor]:
         """Do the next step. Returns this rank's loss and the norm of `.grad`, on the device.
 
@@ -226,7 +230,12 @@ class Trainer:
             seed=self.config.seed,
             step=self.step,
             micro=micro,
-            rank=self.ranks.rank,
+            rank=self._data_rank,
             rows=self.config.data.batch,
             context=self.config.model.context,
         )
+
+    @property
+    def _data_rank(self) -> int:
+        """Whose share of the data this rank reads."""
+        return self.ranks.rank

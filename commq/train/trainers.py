@@ -2,6 +2,7 @@
 
 from commq.codecs.formats import get_format
 from commq.train.config import Config
+from commq.train.config_numerics import GuardConfig, PrecisionConfig
 from commq.train.mixture import CHOICES, MixtureTrainer
 from commq.train.sharded import ShardedTrainer
 from commq.train.tensor import TensorTrainer
@@ -9,12 +10,27 @@ from commq.train.trainer import Trainer
 
 
 def trainer_of(config: Config) -> type[Trainer]:
-    """ValueError if the configuration asks for models in parts that do not go together."""
-    if config.tensor_parallel == 1 and config.experts == 0:
+    """ValueError if the configuration asks for models in parts with what does not go with them."""
+    parts = {
+        f"--pipeline-stages {config.pipeline.pipeline_stages}": config.pipeline.pipeline_stages > 1,
+        f"--tensor-parallel {config.tensor_parallel}": config.tensor_parallel != 1,
+        f"--experts {config.experts}": config.experts != 0,
+    }
+    asked = [what for what, wanted in parts.items() if wanted]
+    if not asked:
         return Trainer if config.parallel == "ddp" else ShardedTrainer
-    what = f"--experts {config.experts}" if config.experts else f"--tensor-parallel {config.tensor_parallel}"
-    if config.tensor_parallel != 1 and config.experts:
-        raise ValueError("--tensor-parallel with --experts: expected one of them")
+    if len(asked) > 1:
+        raise ValueError(f"{' with '.join(asked)}: expected one of them")
+    (what,) = asked
+    if config.lowp != PrecisionConfig() or config.guard != GuardConfig():
+        raise ValueError(
+            f"{what} with options of precision or of guards: a process has a part of the model; "
+            "leave them at their defaults"
+        )
+    if config.pipeline.pipeline_stages > 1:
+        from commq.train.pipelined import PipelineTrainer  # torch's pipelining takes seconds to import
+
+        return PipelineTrainer
     if config.tensor_parallel < 1 or (config.experts and config.experts < CHOICES):
         raise ValueError(f"{what}: expected 1 or more, of experts {CHOICES} or more")
     if config.parallel != "ddp" or config.optimizer.optimizer not in ("adamw", "sgd"):
