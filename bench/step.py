@@ -13,7 +13,7 @@ row is a new model, and is written to --out as soon as it is known; rows that ar
 the same command goes on where it was cut off.
 
 A step is timed from its start to the device's last kernel, on the slowest rank; a row has median, fastest, slowest
-and mean. The mean is what counts where steps differ (ZeroOneAdam's ranks meet in every 16th).
+and mean. The mean is what counts where steps differ (ZeroOneAdam's ranks meet in every fifth).
 "beyond" is the median without that of "no communication"; "host us" is what a hook takes of the host for a bucket.
 "expected" is a model, no measurement: all buckets but the last travel beside the computation, the last one, which has
 the embedding, after it: max(compute, (bytes - last) / rate) + last / rate, with "no communication" as compute.

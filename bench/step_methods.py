@@ -71,8 +71,8 @@ def ddp_methods(recipes: list[str], world_size: int) -> Iterator[Method]:
         recipe = read_recipe(text)
         yield Method(f"commq {text}", partial(_commq, recipe), str(recipe), measures_link=True)
     yield Method("commq onebit-adam", _onebit_adam, "OneBitAdam, frozen", warm_up=6, measures_link=True)
-    meets = "ZeroOneAdam, ranks meet in every 16th step"
-    yield Method("commq zero-one-adam", _zero_one_adam, meets, warm_up=33, steps=16, measures_link=True)
+    meets = "ZeroOneAdam, ranks meet in every fifth step"
+    yield Method("commq zero-one-adam", _zero_one_adam, meets, warm_up=12, steps=10, measures_link=True)
 
 
 def _plain(sent: Callable[[nn.Module], int], model: nn.Module) -> Attached:
@@ -120,7 +120,7 @@ def _onebit_adam(model: nn.Module) -> Attached:
 
 def _zero_one_adam(model: nn.Module) -> Attached:
     attached, ddp = _wrap(model)
-    optimizer = commq.optim.ZeroOneAdam(ddp, lr=1e-4, var_freeze_step=2, local_step_scaler=2, local_step_clipper=16)
+    optimizer = commq.optim.ZeroOneAdam(ddp, lr=1e-4, var_freeze_step=2, local_step_scaler=1, local_step_clipper=5)
     return _paired(attached, optimizer)
 
 

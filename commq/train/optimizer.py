@@ -61,14 +61,15 @@ def make_comm_optimizer(
         case "onebit-lamb":
             return OneBitLamb(module, config.lr, freeze_step=freeze_step, **adam)
         case "zero-one-adam":
-            # The variance follows the gradients while they shrink: half of the steps before the freeze refresh it or
-            # more. Two thirds of the steps after the freeze are at the longest interval, 16.
+            # For runs of some thousand steps: the variance follows the gradients until the freeze, and ranks meet in
+            # every fifth step then. Refreshes that grow rare, and meetings that do, lose more than they save there.
             return ZeroOneAdam(
                 module,
                 config.lr,
                 var_freeze_step=freeze_step,
-                var_update_scaler=max(16, freeze_step // 4),
-                local_step_scaler=max(1, (steps - freeze_step) // 12),
+                var_update_scaler=freeze_step,
+                local_step_scaler=1,
+                local_step_clipper=5,
                 decoupled_weight_decay=True,
                 **adam,
             )
