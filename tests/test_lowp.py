@@ -86,6 +86,20 @@ def test_refused_policies():
         lowp.convert(gpt(), "int8", seed=-1)
     with pytest.raises(ValueError, match="backwards"):
         lowp.policy({"default": {"backwards": "int8/row"}})
+    for wrong, match in (
+        ({"keep": "head"}, "keep='head': expected a list"),
+        ({"rules": ["ffn"]}, "expected a mapping of patterns"),
+        ({"rules": {"ffn": 8}}, "precision 8: expected the name"),
+        ({"default": {"forward": 8}}, "expected the name of a recipe, or texts"),
+        ({"first": "1"}, "first='1': expected a whole number"),
+        ({"last": 1.0}, "last=1.0: expected a whole number"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            lowp.policy({"default": "int8"} | wrong)
+    with pytest.raises(ValueError, match="first=1 and last=1 of 2 transformer blocks"):
+        lowp.convert(gpt(2), {"default": "int8", "first": 1, "last": 1})
+    with pytest.raises(ValueError, match="first=1 and last=0 of 0 transformer blocks"):
+        lowp.convert(nn.Sequential(nn.Linear(8, 8)), {"default": "int8", "first": 1})
 
 
 def test_rules_and_exemptions():
@@ -112,6 +126,9 @@ def test_attention_and_feed_forward_of_fp4_tpt():
         "blocks.0.mlp.0": "mxfp4/1x32",
         "blocks.0.mlp.2": "mxfp4/1x32",
     }
+    conversion.set_policy({"default": "fp4-tpt", "rules": {"blocks.0.attention.out": "bf16"}})
+    formats = {row.name: str(row.precision.forward) for row in conversion.rows}
+    assert formats["blocks.0.attention.out"] == "None" and formats["blocks.0.attention.qkv"] == "fp8_e4m3/row"
     (start, first), (last, second) = lowp.phases("fp4-tpt")
     assert (start, first.name, second.name) == (0.0, "fp4-tpt", "bf16") and 0.9 <= last < 1
 

@@ -200,6 +200,17 @@ def test_watching_names_the_origin_and_lets_spikes_pass(tmp_path):
         spoiled(tmp_path, {1: math.inf}, GuardConfig(guard="rollback"), steps=40).train_step()
 
 
+@process_ranks(2)
+def test_a_shard_of_one_rank_that_is_not_finite_is_named_by_all(tmp_path):
+    settings = config(tmp_path, parallel="fsdp", recipe="full-shard", guard=GuardConfig(guard="watch"))
+    trainer = Run(settings, this_rank()).trainer
+    if dist.get_rank() == 1:
+        with torch.no_grad():
+            trainer.ddp.module.blocks[0].mlp[0].weight._local_tensor[3, 5] = math.inf
+    with pytest.raises(FloatingPointError, match=r"rank 1: weight blocks\.0\.mlp\.0\.weight is not finite"):
+        trainer.train_step()
+
+
 @process_ranks(1)
 def test_the_first_module_that_is_not_finite_is_named():
     class Root(torch.nn.Module):
