@@ -73,7 +73,7 @@ class Policy:
     def choose(self, names: Sequence[str], blocks: Sequence[str]) -> dict[str, tuple[Precision, str]]:
         """Precision and reason of each linear layer. names: of all of them; blocks: prefixes of transformer blocks.
 
-        ValueError if a rule matches no layer, with near names, or if there are no blocks between the first and the last.
+        ValueError if a rule matches no layer, with near names, or if no block lies between the first and the last.
         """
         check_rules(self.rules, names)
         if (self.first or self.last) and self.first + self.last >= len(blocks):

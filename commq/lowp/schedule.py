@@ -84,8 +84,8 @@ def schedule(text: str, precision: str | Policy, steps: int) -> Schedule:
         levels = tuple(policy(name) for name in names.split(","))
         if start not in levels:
             raise ValueError(
-                f"schedule {text!r}: precision {start.name} is none of its levels and would never hold; expected one of "
-                f"{', '.join(level.name for level in levels)}"
+                f"schedule {text!r}: precision {start.name} is none of its levels and would never hold; expected one "
+                f"of {', '.join(level.name for level in levels)}"
             )
         return Schedule(steps=steps, levels=levels, cycles=int(cycles))
     stages = [Stage(after=0, policy=start)]
