@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import commq.lowp as lowp
 from commq.lowp.gemm import gemm
@@ -190,6 +191,27 @@ def test_a_backward_pass_has_the_number_of_its_forward_pass():
     conversion.step(2)
     loss.backward()
     assert same({name: p.grad for name, p in model.named_parameters()}, expected)
+
+
+def test_checkpointing_repeats_the_same_bits():
+    text = "int8/row:stochastic"
+    policy = {"default": dict.fromkeys(("forward", "input_gradient", "weight_gradient"), text)}
+    found = []
+    for repeats in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(48, 32), nn.GELU(), nn.Linear(32, 16))
+        conversion = lowp.convert(model, policy)
+        conversion.watch()
+        for number in (1, 2):
+            conversion.step(number)
+            x = torch.randn(5, 48, requires_grad=True)
+            y = checkpoint(model, x, use_reentrant=False) if repeats else model(x)
+            y.square().sum().backward()
+            found.append([y.detach(), x.grad, *(p.grad.clone() for p in model.parameters())])
+        found.append(conversion.statistics())
+    (first, second, measured), (again, other, repeated) = found[:3], found[3:]
+    assert all(torch.equal(a, b) for a, b in zip(first + second, again + other, strict=True))
+    assert measured == repeated and len(measured) == 12
 
 
 def test_autocast_computes_what_a_bf16_input_would():
