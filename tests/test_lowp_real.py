@@ -182,13 +182,23 @@ def test_one_graph_holds_all_of_it(recipe, autocast):
 
 
 def test_a_compiled_model_follows_its_policy():
-    """Formats of other widths, block scales and tiles come and go in one place: each has a graph, the same bits."""
-    runs = []
+    """Formats of other widths, block scales and tiles come and go in one place: each has a graph, the same bits.
+
+    Random bits and signs are operators in it: a compiler would take keys that are symbols for floats.
+    """
+    runs, called = [], set()
+
+    def backend(graph, _):
+        called.update(
+            str(node.target) for part in graph.modules() if hasattr(part, "graph") for node in part.graph.nodes
+        )
+        return graph.forward
+
     for compiled in (False, True):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32))
         conversion = lowp.convert(model, "fp8")
-        run = torch.compile(model, fullgraph=True, backend="eager") if compiled else model
+        run = torch.compile(model, fullgraph=True, backend=backend) if compiled else model
         found = []
         for number, recipe in enumerate(("fp8", "mxfp4", "fp8")):
             conversion.set_policy(recipe)
@@ -197,6 +207,7 @@ def test_a_compiled_model_follows_its_policy():
             found += [y, *torch.autograd.grad(y.square().sum(), model.parameters())]
         runs.append(found)
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+    assert any("lowp_signs" in name for name in called) and not any("xor" in name for name in called), called
 
 
 def test_a_copied_plan_is_that_plan():
