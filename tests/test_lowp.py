@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import commq.lowp as lowp
 from commq.lowp.gemm import gemm
@@ -86,6 +87,20 @@ def test_refused_policies():
         lowp.convert(gpt(), "int8", seed=-1)
     with pytest.raises(ValueError, match="backwards"):
         lowp.policy({"default": {"backwards": "int8/row"}})
+    for wrong, match in (
+        ({"keep": "head"}, "keep='head': expected a list"),
+        ({"rules": ["ffn"]}, "expected a mapping of patterns"),
+        ({"rules": {"ffn": 8}}, "precision 8: expected the name"),
+        ({"default": {"forward": 8}}, "expected the name of a recipe, or texts"),
+        ({"first": "1"}, "first='1': expected a whole number"),
+        ({"last": 1.0}, "last=1.0: expected a whole number"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            lowp.policy({"default": "int8"} | wrong)
+    with pytest.raises(ValueError, match="first=1 and last=1 of 2 transformer blocks"):
+        lowp.convert(gpt(2), {"default": "int8", "first": 1, "last": 1})
+    with pytest.raises(ValueError, match="first=1 and last=0 of 0 transformer blocks"):
+        lowp.convert(nn.Sequential(nn.Linear(8, 8)), {"default": "int8", "first": 1})
 
 
 def test_rules_and_exemptions():
@@ -112,6 +127,9 @@ def test_attention_and_feed_forward_of_fp4_tpt():
         "blocks.0.mlp.0": "mxfp4/1x32",
         "blocks.0.mlp.2": "mxfp4/1x32",
     }
+    conversion.set_policy({"default": "fp4-tpt", "rules": {"blocks.0.attention.out": "bf16"}})
+    formats = {row.name: str(row.precision.forward) for row in conversion.rows}
+    assert formats["blocks.0.attention.out"] == "None" and formats["blocks.0.attention.qkv"] == "fp8_e4m3/row"
     (start, first), (last, second) = lowp.phases("fp4-tpt")
     assert (start, first.name, second.name) == (0.0, "fp4-tpt", "bf16") and 0.9 <= last < 1
 
@@ -173,6 +191,27 @@ def test_a_backward_pass_has_the_number_of_its_forward_pass():
     conversion.step(2)
     loss.backward()
     assert same({name: p.grad for name, p in model.named_parameters()}, expected)
+
+
+def test_checkpointing_repeats_the_same_bits():
+    text = "int8/row:stochastic"
+    policy = {"default": dict.fromkeys(("forward", "input_gradient", "weight_gradient"), text)}
+    found = []
+    for repeats in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(48, 32), nn.GELU(), nn.Linear(32, 16))
+        conversion = lowp.convert(model, policy)
+        conversion.watch()
+        for number in (1, 2):
+            conversion.step(number)
+            x = torch.randn(5, 48, requires_grad=True)
+            y = checkpoint(model, x, use_reentrant=False) if repeats else model(x)
+            y.square().sum().backward()
+            found.append([y.detach(), x.grad, *(p.grad.clone() for p in model.parameters())])
+        found.append(conversion.statistics())
+    (first, second, measured), (again, other, repeated) = found[:3], found[3:]
+    assert all(torch.equal(a, b) for a, b in zip(first + second, again + other, strict=True))
+    assert measured == repeated and len(measured) == 12
 
 
 def test_autocast_computes_what_a_bf16_input_would():

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import importlib.util
+import pickle
 import sys
 from collections.abc import Iterator
 
@@ -177,3 +179,41 @@ def test_one_graph_holds_all_of_it(recipe, autocast):
             loss = y.float().square().sum()
         found.append((y, *torch.autograd.grad(loss, (x, first.weight, second.weight, second.bias))))
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_a_compiled_model_follows_its_policy():
+    """Formats of other widths, block scales and tiles come and go in one place: each has a graph, the same bits.
+
+    Random bits and signs are operators in it: a compiler would take keys that are symbols for floats.
+    """
+    runs, called = [], set()
+
+    def backend(graph, _):
+        called.update(
+            str(node.target) for part in graph.modules() if hasattr(part, "graph") for node in part.graph.nodes
+        )
+        return graph.forward
+
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32))
+        conversion = lowp.convert(model, "fp8")
+        run = torch.compile(model, fullgraph=True, backend=backend) if compiled else model
+        found = []
+        for number, recipe in enumerate(("fp8", "mxfp4", "fp8")):
+            conversion.set_policy(recipe)
+            conversion.step(number)
+            y = run(torch.randn(24, 32))
+            found += [y, *torch.autograd.grad(y.square().sum(), model.parameters())]
+        runs.append(found)
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+    assert any("lowp_signs" in name for name in called) and not any("xor" in name for name in called), called
+
+
+def test_a_copied_plan_is_that_plan():
+    layer = nn.Linear(48, 32)
+    lowp.convert(layer, "mxfp4")
+    again = pickle.loads(pickle.dumps(layer.plan))
+    assert again == layer.plan and again.precision == PRECISIONS["mxfp4"]
+    x = torch.randn(3, 48)
+    assert torch.equal(copy.deepcopy(layer)(x), layer(x))

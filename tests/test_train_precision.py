@@ -168,19 +168,21 @@ def test_layers_that_were_replaced_after_conversion_are_refused(tmp_path):
 
 @process_ranks(2)
 def test_a_spike_is_rolled_back_on_every_rank(tmp_path):
-    trainer = spoiled(tmp_path, {24: 100.0, 26: math.nan}, ROLLBACK, steps=40)
+    trainer = spoiled(tmp_path, {24: 100.0, 26: math.nan, 31: 100.0, 33: 100.0}, ROLLBACK, steps=40)
     states, names = {}, {}
-    for step in range(1, 31):
+    for step in range(1, 34):
         trainer.train_step()
         names[step] = trainer.control.conversion.policy.name
         states[step] = digest(trainer.ddp.module.state_dict())
-    assert states[24] == states[20] and states[26] == states[20]
-    assert len({states[step] for step in states}) == 28
-    assert [step for step, name in names.items() if name == "bf16"] == [25, 26, 27, 28, 29]
+    # The state after step 30 never counts as good: the next loss is a spike.
+    assert {states[step] for step in (24, 26, 31, 33)} == {states[20]}
+    assert len({states[step] for step in states}) == 29
+    assert [step for step, name in names.items() if name == "bf16"] == [25, 26, 27, 28, 29, 32, 33]
     everyone = [None, None]
-    dist.all_gather_object(everyone, (states[30], trainer.guard.events))
+    dist.all_gather_object(everyone, (states[33], trainer.guard.events))
     assert everyone[0] == everyone[1]
-    first, second = trainer.guard.events
+    first, second, _, last = trainer.guard.events
+    assert "step 33: loss" in last and "back to the state after step 20" in last
     assert "step 24: loss" in first and "back to the state after step 20; bf16 until step 27" in first
     assert "step 26: loss nan; " in second and "it did not come back" not in second
     assert all(p.isfinite().all() for p in trainer.ddp.parameters())
@@ -198,6 +200,17 @@ def test_watching_names_the_origin_and_lets_spikes_pass(tmp_path):
         trainer.train_step()
     with pytest.raises(FloatingPointError, match="there is no good state yet"):
         spoiled(tmp_path, {1: math.inf}, GuardConfig(guard="rollback"), steps=40).train_step()
+
+
+@process_ranks(2)
+def test_a_shard_of_one_rank_that_is_not_finite_is_named_by_all(tmp_path):
+    settings = config(tmp_path, parallel="fsdp", recipe="full-shard", guard=GuardConfig(guard="watch"))
+    trainer = Run(settings, this_rank()).trainer
+    if dist.get_rank() == 1:
+        with torch.no_grad():
+            trainer.ddp.module.blocks[0].mlp[0].weight._local_tensor[3, 5] = math.inf
+    with pytest.raises(FloatingPointError, match=r"rank 1: weight blocks\.0\.mlp\.0\.weight is not finite"):
+        trainer.train_step()
 
 
 @process_ranks(1)

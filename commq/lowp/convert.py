@@ -71,7 +71,8 @@ class Conversion:
         """Say which pass follows: the counter of its random bits, with the seed, the layer, the rank and the element.
 
         Call it before each forward pass with a number that none had before, such as step * micro_batches + micro_batch;
-        a run that resumes with the same numbers draws the same bits. Without it, all passes draw the same.
+        a run that resumes with the same numbers draws the same bits. Without it, all passes draw the same. Activation
+        checkpointing repeats a forward pass with the same bits if its backward pass comes before the next call.
         """
         self._clock.step.fill_(number)
 

@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from commq.codecs.philox import random_signs
 from commq.codecs.rotation import Rotation, rotate
 from commq.lowp.gemm import Gemm
 from commq.lowp.quantize import Counter, quantized
+from commq.lowp.random import random_signs
 
 FIRST, SECOND, SIGNS = 0, 1, 2
 """What a GEMM's random bits are for; each has a stream of its own."""
@@ -35,9 +35,7 @@ def rotated(x_RC: Tensor, rotation: Rotation, counter: Counter) -> Tensor:
     x_RC = F.pad(x_RC.to(torch.float32), (0, -x_RC.shape[1] % rotation.size)).contiguous()
     signs = None
     if rotation.signs:
-        signs = random_signs(
-            rotation.size, seed=counter.seed, step=counter.step, stream=counter.stream, device=x_RC.device
-        )
+        signs = random_signs(counter.step.to(x_RC.device), rotation.size, counter.seed, counter.stream)
     return rotate(x_RC.view(-1), rotation, signs).view(x_RC.shape)
 
 

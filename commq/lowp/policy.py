@@ -73,9 +73,14 @@ class Policy:
     def choose(self, names: Sequence[str], blocks: Sequence[str]) -> dict[str, tuple[Precision, str]]:
         """Precision and reason of each linear layer. names: of all of them; blocks: prefixes of transformer blocks.
 
-        ValueError if a rule matches no layer, with near names.
+        ValueError if a rule matches no layer, with near names, or if no block lies between the first and the last.
         """
         check_rules(self.rules, names)
+        if (self.first or self.last) and self.first + self.last >= len(blocks):
+            raise ValueError(
+                f"policy {self.name!r}: first={self.first} and last={self.last} of {len(blocks)} transformer blocks; "
+                "expected blocks between them (a model's blocks are the alike children of its largest ModuleList)"
+            )
         edges = [*blocks[: self.first], *(blocks[len(blocks) - self.last :] if self.last else ())]
         keep = [LayerRule(pattern=pattern, precision=Precision()) for pattern in self.keep]
         found = {}
@@ -116,6 +121,7 @@ def policy(what: str | Mapping[str, Any] | Policy) -> Policy:
 
     Plain data: {"default": "fp8", "rules": {"blocks.0.*": "bf16", "ffn": {"forward": "int8/row", ...}}, "first": 1,
     "last": 1, "keep": ["head"], "min_features": 0}; precisions are names of recipes or texts of GEMMs (see gemm.py).
+    The rules that a default has of its own (fp4-tpt: attention in FP8) follow the given ones. ValueError.
     """
     if isinstance(what, Policy):
         return what
@@ -127,12 +133,20 @@ def policy(what: str | Mapping[str, Any] | Policy) -> Policy:
     if "default" not in what:
         raise ValueError("policy without 'default': expected the name of a recipe or texts of its GEMMs")
     default = what["default"]
-    given = {key: what[key] for key in ("first", "last", "min_features") if key in what}
+    given: dict[str, Any] = {key: what[key] for key in ("first", "last", "min_features") if key in what}
+    for key, value in given.items():
+        if type(value) is not int and not (key == "min_features" and value is None):
+            raise ValueError(f"policy with {key}={value!r}: expected a whole number")
     if "keep" in what:
+        if not isinstance(what["keep"], list | tuple) or not all(isinstance(each, str) for each in what["keep"]):
+            raise ValueError(f"policy with keep={what['keep']!r}: expected a list of roles or patterns")
         given["keep"] = tuple(what["keep"])
-    rules = tuple(LayerRule(pattern=key, precision=_precision(value)) for key, value in what.get("rules", {}).items())
-    if isinstance(default, str) and not rules:
-        rules = _RULES.get(default, ())
+    entries = what.get("rules", {})
+    if not isinstance(entries, Mapping):
+        raise ValueError(f"policy with rules={entries!r}: expected a mapping of patterns to precisions")
+    rules = tuple(LayerRule(pattern=key, precision=_precision(value)) for key, value in entries.items())
+    if isinstance(default, str):
+        rules += _RULES.get(default, ())
     name = what.get("name", default if isinstance(default, str) and not what.get("rules") else "custom")
     return Policy(name=name, default=_precision(default), rules=rules, **given)
 
@@ -148,6 +162,8 @@ def _precision(what: str | Mapping[str, str | None]) -> Precision:
             near = get_close_matches(what, PRECISIONS, n=1) or [*PRECISIONS]
             raise ValueError(f"low-precision recipe {what!r} is unknown; expected {' or '.join(near)}")
         return PRECISIONS[what]
+    if not isinstance(what, Mapping) or not all(isinstance(text, str | None) for text in what.values()):
+        raise ValueError(f"precision {what!r}: expected the name of a recipe, or texts of its GEMMs by their names")
     return precision(what)
 
 

@@ -7,8 +7,9 @@ that FSDP2 can free them.
 
 from __future__ import annotations
 
+import hashlib
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,14 +27,40 @@ _STREAMS = 16
 """Streams that a layer uses: three for each GEMM, rounded up."""
 
 
+class _Known:
+    """Precisions by the names that plans have for them, as attributes.
+
+    A compiler that traces plans then finds other numbers in other places and takes them as constants. Numbers that
+    change in one place become symbols to it, and a format cannot be made of symbols.
+    """
+
+
+_KNOWN = _Known()
+
+
 @dataclass(frozen=True)
 class Plan:
     """What a layer does: its GEMMs, which of them are real, and the key of its random bits."""
 
-    precision: Precision
+    given: Precision
     real: tuple[bool, bool, bool]
     seed: int
     stream: int
+    name: str = field(init=False)
+    """Of `given`, the same in every process."""
+
+    def __post_init__(self) -> None:
+        name = f"precision_{hashlib.sha256(repr(self.given).encode()).hexdigest()}"
+        object.__setattr__(self, "name", name)
+        setattr(_KNOWN, name, self.given)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Plan, (self.given, self.real, self.seed, self.stream)
+
+    @property
+    def precision(self) -> Precision:
+        found: Precision = getattr(_KNOWN, self.name)
+        return found
 
     @staticmethod
     def of(

@@ -1,4 +1,7 @@
-"""Random bits of an operand: an operator, so that compiled graphs hold it as it is and traces stay short."""
+"""Random bits of an operand and signs of a rotation: operators, which compiled graphs hold as they are.
+
+Traces stay short, and keys that are symbols in a graph reach no generated code.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import os
 import torch
 from torch import Tensor
 
+from commq.codecs import philox
 from commq.codecs.philox import random_u16
 
 
@@ -29,3 +33,14 @@ def random_bits(clock: Tensor, count: int, seed: int, stream: int) -> Tensor:
 @random_bits.register_fake
 def _(clock: Tensor, count: int, seed: int, stream: int) -> Tensor:
     return clock.new_empty(count, dtype=torch.int32)
+
+
+@torch.library.custom_op("commq::lowp_signs", mutates_args=())
+def random_signs(clock: Tensor, size: int, seed: int, stream: int) -> Tensor:
+    """`size` signs for all runs of a rotation: those of `philox.random_signs`, on the device of clock."""
+    return philox.random_signs(size, seed=seed, step=clock, stream=stream, device=clock.device)
+
+
+@random_signs.register_fake
+def _(clock: Tensor, size: int, seed: int, stream: int) -> Tensor:
+    return clock.new_empty(size, dtype=torch.float32)

@@ -73,14 +73,21 @@ class Schedule:
 def schedule(text: str, precision: str | Policy, steps: int) -> Schedule:
     """The schedule that `text` (see above) describes for a run of `steps` that begins in `precision`.
 
-    ValueError for what cannot be read, for unknown precisions and for stages outside of the run.
+    ValueError for what cannot be read, for unknown precisions, for stages outside of the run, and for cycles without
+    `precision`.
     """
     start = policy(precision)
     if text.startswith("cyclic="):
         names, _, cycles = text.removeprefix("cyclic=").partition(":")
         if not cycles.isdigit():
             raise ValueError(f"schedule {text!r}: expected a number of cycles, as in cyclic=int4,int8,bf16:8")
-        return Schedule(steps=steps, levels=tuple(policy(name) for name in names.split(",")), cycles=int(cycles))
+        levels = tuple(policy(name) for name in names.split(","))
+        if start not in levels:
+            raise ValueError(
+                f"schedule {text!r}: precision {start.name} is none of its levels and would never hold; expected one "
+                f"of {', '.join(level.name for level in levels)}"
+            )
+        return Schedule(steps=steps, levels=levels, cycles=int(cycles))
     stages = [Stage(after=0, policy=start)]
     if text:
         stages += [_stage(part, steps, text) for part in text.split(",")]
@@ -96,7 +103,7 @@ def _stage(part: str, steps: int, text: str) -> Stage:
     begin, _, name = part.partition("=")
     try:
         after = int(begin) if begin.isdigit() else round(float(begin) * steps)
-    except ValueError:
+    except (ValueError, OverflowError):  # OverflowError: inf
         name = ""
     if not name:
         raise ValueError(f"schedule {text!r}: found {part!r}, expected step=precision or fraction=precision")

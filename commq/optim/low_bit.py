@@ -35,7 +35,8 @@ class LowBitAdamW(Optimizer):
 
     first, root: formats of the first moment and of the root of the second, of one block length.
     update_clipping: scale a parameter's step down by the rms of g / sqrt(v_hat), where that is above 1, against the
-        loss spikes that follow a second moment which is behind (StableAdamW; Wortsman et al. 2023, section 3.4).
+        loss spikes that follow a second moment which is behind (StableAdamW; Wortsman et al. 2023, section 3.4). The
+        rms is summed shard by shard: steps on another mesh then differ in their last bits.
     stochastic_rounding: round bfloat16 parameters stochastically, so that steps below half a unit are not lost.
         Bits come from seed, the parameter's number, the step and the element.
     Parameters with fewer than 4096 elements, one dimension, or rows shorter than 64 keep float32 moments.

@@ -11,7 +11,7 @@ class PrecisionConfig:
     or a TOML or YAML file of a policy by layers. Printed as a table before training starts."""
     schedule: str = ""
     """When another precision holds: 0.9=bf16 or 500=int8,0.5=fp8 (fraction or number of steps=precision), or
-    cyclic=int4,int8,bf16:8; empty: as the recipe says itself."""
+    cyclic=int4,int8,bf16:8, which --precision must be one of; empty: as the recipe says itself."""
     fallback: str = "none"
     """Precision for some steps after a loss spike, such as bf16; needs --guard watch or rollback."""
     fallback_steps: int = 50

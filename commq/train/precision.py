@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import torch
+import torch._dynamo
 from torch import nn
 
 from commq.lowp import Policy, convert, policy
@@ -63,7 +65,12 @@ def read_policy(text: str) -> Policy:
 
 
 def compile_blocks(model: nn.Module) -> None:
-    """torch.compile what a block consists of; the block itself has the hooks of sharding."""
+    """torch.compile what a block consists of; the block itself has the hooks of sharding.
+
+    Each precision has graphs of its own, with and without gradients and statistics: more than torch keeps by default,
+    after which it would go on without compiling.
+    """
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     for block in model.modules():
         if isinstance(block, Block):
             block.attention.compile()

@@ -147,7 +147,7 @@ def _draw(
         loss.set(title="Loss", ylabel="nats per byte", xlabel="steps")
         loss.legend()
         if speeds := _speeds(rows, tokens_per_step):
-            speed.plot(*zip(*speeds, strict=True), color="#009E73")
+            speed.plot(*zip(*speeds, strict=True), "o-", markersize=3, color="#009E73")
         speed.set(title="Speed", ylabel="tokens/s", xlabel="steps", ylim=(0, None))
         for name, color in (("raw_bytes", "#707070"), ("sent_bytes", "#0072B2")):
             label = {"raw_bytes": "fp32", "sent_bytes": "sent"}[name]

@@ -17,17 +17,29 @@ def trace(module: nn.Module, passes: Callable[[], object]) -> str:
     Looks at weights, then at the outputs of modules in the order in which they finish (so the innermost first), then at
     the gradients that modules hand on. All ranks call it; it waits for the device after every module.
     """
-    mine = _trace(module, passes)
+    # All ranks go on to the passes or none does: those of sharded weights are collective.
+    return (
+        _of_any_rank(_weight(module))
+        or _of_any_rank(_origin(module, passes))
+        or "it did not come back when the pass was repeated"
+    )
+
+
+def _of_any_rank(mine: str) -> str:
+    """The first rank's sentence that is not empty."""
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
     found = [f"rank {rank}: {text}" if len(everyone) > 1 else text for rank, text in enumerate(everyone) if text]
-    return found[0] if found else "it did not come back when the pass was repeated"
+    return found[0] if found else ""
 
 
-def _trace(module: nn.Module, passes: Callable[[], object]) -> str:
-    for name, parameter in module.named_parameters():
-        if not _finite([parameter]):
-            return f"weight {name} is not finite"
+def _weight(module: nn.Module) -> str:
+    """The first weight, or this rank's shard of one, that is not finite."""
+    bad = (name for name, parameter in module.named_parameters() if not _finite([parameter]))
+    return next((f"weight {name} is not finite" for name in bad), "")
+
+
+def _origin(module: nn.Module, passes: Callable[[], object]) -> str:
     first: list[str] = []
     handles = []
 
