@@ -1,6 +1,8 @@
 """commq.PipelineStage under torch's schedules: same bits with fp32, else within the bound; what goes wrong is said."""
 
 import os
+import subprocess
+import sys
 from contextlib import nullcontext
 from datetime import timedelta
 
@@ -309,6 +311,22 @@ def fail_alone():
             raise RuntimeError("of the user's own")
     except RuntimeError as error:
         return type(error).__name__
+
+
+ANSWERS_WITHOUT_PAUSE = """
+import torch.distributed as dist
+from commq.collectives import roll_call
+roll_call.PERIOD = 0.0
+dist.init_process_group("gloo", rank=0, world_size=1, store=dist.TCPStore("localhost", 0, 1, True))
+with roll_call.RollCall.of(dist.group.WORLD):
+    dist.barrier()
+"""
+
+
+def test_a_process_ends_while_its_thread_answers():
+    """And is not aborted by the interpreter, which finds the thread in the store."""
+    ended = subprocess.run([sys.executable, "-c", ANSWERS_WITHOUT_PAUSE], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
 
 
 def test_an_error_of_ranks_that_live_stays_as_it_is():
