@@ -168,5 +168,12 @@ def test_wrong_choices_and_formats_are_refused():
     layer = make(weights(4, 4, 1, whole=True))
     with pytest.raises(ValueError, match="a token for expert 4, expected 0 to 3: 2 on each of 2 ranks"):
         layer(torch.ones(1, 4), torch.tensor([[4]]), torch.ones(1, 1))
+    with pytest.raises(ValueError, match="a token for expert -1, expected 0 to 3"):
+        layer(torch.ones(2, 4), torch.tensor([[0], [-1]]), torch.ones(2, 1))
+    for choice, weight in (([[0], [0]], (2, 1)), ([0], (1,)), ([[0]], (1, 2))):
+        with pytest.raises(ValueError, match=r"expected \(T, D\), \(T, K\) and \(T, K\)"):
+            layer(torch.ones(1, 4), torch.tensor(choice), torch.ones(weight))
     with pytest.raises(ValueError, match="format 'int9' is unknown"):
-        Experts([], combine="int9")
+        Experts([nn.Identity()], combine="int9")
+    with pytest.raises(ValueError, match="no experts"):
+        Experts([])

@@ -192,6 +192,10 @@ def test_uneven_and_empty_splits():
     assert torch.equal(x.grad, x.detach())
     with pytest.raises(ValueError, match="expected both or neither"):
         F.all_to_all(x, received, format="int8")
+    with pytest.raises(ValueError, match="lengths of 0 or more along dimension 0"):
+        F.all_to_all(x, [-1] * world_size, sent, format="int8")
+    with pytest.raises(ValueError, match="a tensor with 0 dimensions"):
+        F.all_to_all(torch.ones(()), format="int8")
 
 
 def mixed(x, weight, step, rounding="stochastic"):

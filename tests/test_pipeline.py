@@ -1,6 +1,8 @@
 """commq.PipelineStage under torch's schedules: same bits with fp32, else within the bound; what goes wrong is said."""
 
 import os
+import subprocess
+import sys
 from contextlib import nullcontext
 from datetime import timedelta
 
@@ -12,8 +14,10 @@ from torch.distributed import pipelining
 from torch.distributed.pipelining import Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
 
 import commq
+from commq.attach.crossing import Place, Samples, Turn
 from commq.codecs.bounds import error_bound
 from commq.collectives import roll_call
+from commq.collectives.memory import Memory
 from harness import RankError, process_ranks, run_processes
 
 CPU = torch.device("cpu")
@@ -205,6 +209,58 @@ def test_what_is_wrong_is_said_on_all_ranks():
     for ids in (torch.tensor([1, 1]), torch.tensor([1.0]), torch.zeros(1, 1, dtype=torch.int64)):
         with pytest.raises(ValueError, match="expected int64, 1-D"):
             stage.set_samples(ids)
+    ids = torch.tensor([2, 1])
+    stage.set_samples(ids)
+    ids.zero_()  # by a loader that fills its tensor anew
+    assert stage._samples.host.tolist() == stage._samples.device.tolist() == [2, 1]
+
+
+def crossings(way, rows, width):
+    """The two sides of a boundary."""
+    like, memory = torch.empty(rows, width), Memory()
+    return [way.crossing(Place(0, False, sends, 0, 0, memory, "auto"), like) for sends in (True, False)]
+
+
+def cross(sides, x, turn):
+    wire, y = torch.empty(sides[0].nbytes(turn), dtype=torch.uint8), torch.empty(x.numel())
+    sides[0].encode(x.flatten(), wire, turn)
+    sides[1].decode(wire, y, turn)
+    return y.view_as(x)
+
+
+@pytest.mark.parametrize("first", ["bf16", "int4"])
+def test_differences_are_rotated_and_first_crossings_are_not(first):
+    """Also where both have one format, whose blocks are shorter than the rotation."""
+    fmt = commq.get_format("int4", block=32)
+    first = fmt if first == "int4" else commq.get_format(first)
+    way = commq.Differences(samples=2, format=fmt, first=first, rotation=commq.Rotation(size=64))
+    sides, ids = crossings(way, 2, 33), torch.arange(2)
+    x = torch.randn(2, 33, generator=torch.Generator().manual_seed(0))
+    lost = [float((cross(sides, x, Turn(step, 0, Samples(ids, ids))) - x).norm()) for step in range(3)]
+    assert lost[1] < 0.2 * lost[0]
+
+
+def test_rows_asked_for_before_a_state_is_loaded_are_read_anew():
+    sides, ids = crossings(commq.Differences(samples=2), 2, 32), torch.arange(2)
+    samples = Samples(ids, ids)
+    x = torch.randn(2, 32, generator=torch.Generator().manual_seed(0))
+    cross(sides, x, Turn(0, 0, samples))
+    states = [side.state_dict() for side in sides]
+    expected = cross(sides, -3.0 * x, Turn(1, 0, samples))
+    for side, state in zip(sides, states, strict=True):
+        side.prefetch(samples)
+        side.load_state_dict(state)
+    assert torch.equal(cross(sides, -3.0 * x, Turn(1, 0, samples)), expected)
+
+
+def test_samples_out_of_range_are_refused_when_they_cross():
+    sides = crossings(commq.Differences(samples=2), 2, 32)
+    for number in (-1, 2):
+        ids = torch.tensor([0, number])
+        samples = Samples(ids, ids)
+        sides[0].prefetch(samples)
+        with pytest.raises(ValueError, match="expected 2 with numbers from 0 to 1"):
+            cross(sides, torch.ones(2, 32), Turn(0, 0, samples))
 
 
 @process_ranks(2)
@@ -255,6 +311,22 @@ def fail_alone():
             raise RuntimeError("of the user's own")
     except RuntimeError as error:
         return type(error).__name__
+
+
+ANSWERS_WITHOUT_PAUSE = """
+import torch.distributed as dist
+from commq.collectives import roll_call
+roll_call.PERIOD = 0.0
+dist.init_process_group("gloo", rank=0, world_size=1, store=dist.TCPStore("localhost", 0, 1, True))
+with roll_call.RollCall.of(dist.group.WORLD):
+    dist.barrier()
+"""
+
+
+def test_a_process_ends_while_its_thread_answers():
+    """And is not aborted by the interpreter, which finds the thread in the store."""
+    ended = subprocess.run([sys.executable, "-c", ANSWERS_WITHOUT_PAUSE], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
 
 
 def test_an_error_of_ranks_that_live_stays_as_it_is():

@@ -127,7 +127,9 @@ class _DifferenceCrossing(Crossing):
     def prefetch(self, samples: Samples) -> None:
         for first in range(0, len(samples.host), self._rows):
             ids = samples.host[first : first + self._rows]
-            if bool(self._known[ids].all()):
+            # Those that do not fit are refused when they cross, by the stages on both sides.
+            inside = int(ids.min()) >= 0 and int(ids.max()) < self._way.samples
+            if inside and bool(self._known[ids].all()):
                 self._cache.prefetch(ids)
 
     def state_dict(self) -> dict[str, Any]:
@@ -170,7 +172,7 @@ class _DifferenceCrossing(Crossing):
         return later if self._knows(turn) and later.nbytes < first.nbytes else first
 
     def _coding(self, layout: Layout) -> Coding:
-        return self._way.coding if layout.format is self._way.format else Coding()
+        return self._way.coding if layout.align > 1 else Coding()  # those of differences alone are rotated
 
     def _decoded(self, codes_1S: Tensor, layout: Layout) -> Tensor:
         out_N = torch.empty(layout.numel, device=self._device)

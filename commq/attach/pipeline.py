@@ -100,6 +100,7 @@ class PipelineStage(pipelining.PipelineStage):
                 f"set_samples: {ids.dtype} {tuple(ids.shape)} on {ids.device}, {ids.unique().numel()} different ones; "
                 "expected int64, 1-D, on the CPU, all different"
             )
+        ids = ids.clone()  # a thread may still write rows when the caller fills the tensor with the next ones
         cuda = torch.device(self.device).type == "cuda"
         on_device = (ids.pin_memory() if cuda else ids).to(self.device, non_blocking=True)
         self._samples = Samples(ids, on_device)

@@ -99,7 +99,8 @@ class SampleCache:
         return self._thread.submit(self._read, ids).result().clone()
 
     def restore(self, ids: Tensor, stored: Tensor) -> None:
-        """Put rows back as `stored` gave them."""
+        """Put rows back as `stored` gave them. What was asked for before is read anew."""
+        self._asked.clear()
         if self._thread is None:
             self._rows[ids.to(self._device)] = stored.to(self._device)
         else:

@@ -144,6 +144,11 @@ def all_to_all(
     """
     if (output_split_sizes is None) != (input_split_sizes is None):
         raise ValueError("all_to_all: one list of split sizes, expected both or neither: backward needs the other one")
+    if x.dim() < 1 or min(output_split_sizes or (0,)) < 0:
+        raise ValueError(
+            f"all_to_all: output_split_sizes={output_split_sizes} of a tensor with {x.dim()} dimensions, expected "
+            "lengths of 0 or more along dimension 0"
+        )
     wire = intern_wire(name or "all_to_all", format, backward, rounding, rotation, seed)
     splits = list(output_split_sizes or ()), list(input_split_sizes or ())
     y: Tensor = adjoints.AllToAll.apply(x, *splits, wire, group_name(group), step)

@@ -7,6 +7,7 @@ verdict stands; ranks that come to an error later, because a survivor has left, 
 
 from __future__ import annotations
 
+import atexit
 import threading
 import time
 from datetime import timedelta
@@ -35,7 +36,7 @@ class RollCall:
         self._group = group
         self._rank, self._world_size = dist.get_rank(group), dist.get_world_size(group)
         self._thread: threading.Thread | None = None
-        self._answered = 0
+        self._answered, self._over = 0, threading.Event()
 
     @staticmethod
     def of(group: dist.ProcessGroup) -> RollCall:
@@ -51,6 +52,7 @@ class RollCall:
             self._store = self._group.get_group_store()
             self._thread = threading.Thread(target=self._answer, name="commq-roll-call", daemon=True)
             self._thread.start()
+            atexit.register(self._end)
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if not isinstance(error, RuntimeError) or isinstance(error, RankLostError):
@@ -91,16 +93,21 @@ class RollCall:
         return _read(self._store.compare_set(_VERDICT, "", ",".join(map(str, missing))))
 
     def _answer(self) -> None:
-        """Until the store is gone."""
-        look = threading.Event()
+        """Until the store is gone, or the process ends."""
         try:
-            while not look.wait(PERIOD):
+            while not self._over.wait(PERIOD):
                 called = self._store.add(_CALLS, 0)
                 for number in range(self._answered + 1, called + 1):
                     self._store.set(f"commq/roll/{number}/{self._rank}", "")
                 self._answered = called
         except RuntimeError:
             return
+
+    def _end(self) -> None:
+        """A thread that the interpreter finds in the store when it ends would abort the process."""
+        self._over.set()
+        if self._thread is not None:
+            self._thread.join(PATIENCE.total_seconds())
 
 
 def _read(verdict: bytes) -> tuple[int, ...]:
