@@ -69,6 +69,19 @@ def test_slices_take_as_long_on_every_link(bytes_per_second, expected, monkeypat
     assert slices.slice_bytes(torch.zeros(1), longest, transport) == longest  # gloo has its own ways
 
 
+def test_a_measurement_that_fails_is_made_again(monkeypatch):
+    rows = SimpleNamespace(is_cuda=True, device="cuda")
+    transport = group((0, 1), (TCP, TCP))
+
+    def fails(transport, device):
+        raise RuntimeError("a rank is lost")
+
+    monkeypatch.setattr(link, "moves", fails)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="lost"):
+            slices.slice_bytes(rows, 1 << 20, transport)
+
+
 @pytest.mark.parametrize(
     ("variables", "expected"), [({"NCCL_IB_DISABLE": "1"}, False), ({"NCCL_NET": "Socket"}, False), ({}, True)]
 )

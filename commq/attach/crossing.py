@@ -67,8 +67,8 @@ class Place:
 
     @property
     def stream(self) -> int:
-        """Philox stream: errors of different boundaries must not be the same."""
-        return send_stream(self.boundary << 1 | self.backward)
+        """Philox stream: errors of different boundaries, and of the tensors of one, must not be the same."""
+        return send_stream((self.index << 12 | self.boundary) << 1 | self.backward)
 
     def __str__(self) -> str:
         stages = (self.boundary, self.boundary + 1)

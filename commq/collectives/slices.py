@@ -49,12 +49,19 @@ def slice_bytes(rows: Tensor, longest: int, transport: Transport) -> int:
     facts = transport.memory.facts
     if _SLICE not in facts:
         facts[_SLICE] = None  # rows travel whole while links are measured
-        if over_tcp(transport):
-            rate = link.moves(transport, rows.device).bytes_per_second()
-            share = rate * SLICE_NANOSECONDS // 1_000_000_000 // (transport.world_size - 1)
-            facts[_SLICE] = max(FEWEST_BYTES, share // 16 * 16)
+        try:
+            facts[_SLICE] = _measured(rows, transport) if over_tcp(transport) else None
+        except BaseException:
+            del facts[_SLICE]
+            raise
     found: int | None = facts[_SLICE]
     return longest if found is None else min(found, longest)
+
+
+def _measured(rows: Tensor, transport: Transport) -> int:
+    rate = link.moves(transport, rows.device).bytes_per_second()
+    share = rate * SLICE_NANOSECONDS // 1_000_000_000 // (transport.world_size - 1)
+    return max(FEWEST_BYTES, share // 16 * 16)
 
 
 def over_tcp(transport: Transport) -> bool:
