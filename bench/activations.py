@@ -32,8 +32,8 @@ sys.path[:0] = [str(ROOT), str(ROOT.parent), str(ROOT.parent / "launch")]
 
 import commq.functional as F  # noqa: E402
 from collectives import Worker  # noqa: E402
+from lab import drive  # noqa: E402
 from model import all_reduce_bytes, milliseconds  # noqa: E402
-from timing import environment  # noqa: E402
 
 OUTLIERS = 64
 """One channel in so many is an outlier: two in a block of 128."""
@@ -136,23 +136,6 @@ def work(args: argparse.Namespace) -> None:
     dist.destroy_process_group()
 
 
-def drive(args: argparse.Namespace) -> None:
-    from netlab import Lab
-
-    rows, part = [], Path(f"{args.out}.part")
-    for hosts in map(int, args.hosts.split(",")):
-        for rate in args.rates.split(","):
-            with Lab(hosts=hosts, ranks_per_host=1, rate=rate) as lab:
-                # A first word that netlab knows nothing of; the rest as it came.
-                command = [sys.executable, str(Path(__file__).resolve()), "--worker", "--rate", rate, *sys.argv[1:]]
-                if code := lab.run([*command, "--out", str(part)]):
-                    sys.exit(code)
-            rows += json.loads(part.read_text())
-            part.unlink()
-            found = environment(args.device)
-            Path(args.out).write_text(json.dumps({"environment": found, "rows": rows}, indent=1) + "\n")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hosts", default="2,4", help="numbers of hosts, separated by commas")
@@ -166,8 +149,11 @@ def main() -> None:
     parser.add_argument("--rate", help=argparse.SUPPRESS)
     args = parser.parse_args()
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-    args.dtype = "bfloat16"
-    (work if args.worker else drive)(args)
+    args.dtype, args.ranks_per_host = "bfloat16", 1
+    if args.worker:
+        work(args)
+    else:
+        drive(Path(__file__), args)
 
 
 if __name__ == "__main__":

@@ -40,9 +40,8 @@ from commq.collectives.plan import Source, make_plans  # noqa: E402
 from commq.collectives.rehearsal import Rehearsal  # noqa: E402
 from commq.collectives.schedule import Exchange  # noqa: E402
 from commq.collectives.two_shot import two_shot  # noqa: E402
-from lab import gbit, link_bytes  # noqa: E402
+from lab import drive, gbit, link_bytes  # noqa: E402
 from model import all_reduce_bytes, gather_bytes, milliseconds  # noqa: E402
-from timing import environment  # noqa: E402
 
 SUM = dist.ReduceOp.SUM
 SCHEDULES = ("two_shot", "one_shot", "two_hop", "ring", "integer_sum", "one_bit")
@@ -207,23 +206,6 @@ def work(args: argparse.Namespace) -> None:
     dist.destroy_process_group()
 
 
-def drive(args: argparse.Namespace) -> None:
-    from netlab import Lab
-
-    rows, part = [], Path(f"{args.out}.part")
-    for hosts in map(int, args.hosts.split(",")):
-        for rate in args.rates.split(","):
-            with Lab(hosts=hosts, ranks_per_host=args.ranks_per_host, rate=rate) as lab:
-                # A first word that netlab knows nothing of; the rest as it came.
-                command = [sys.executable, str(Path(__file__).resolve()), "--worker", "--rate", rate, *sys.argv[1:]]
-                if code := lab.run([*command, "--out", str(part)]):
-                    sys.exit(code)
-            rows += json.loads(part.read_text())
-            part.unlink()
-            found = environment(args.device)
-            Path(args.out).write_text(json.dumps({"environment": found, "rows": rows}, indent=1) + "\n")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hosts", default="4", help="numbers of hosts, separated by commas")
@@ -240,7 +222,10 @@ def main() -> None:
     parser.add_argument("--rate", help=argparse.SUPPRESS)
     args = parser.parse_args()
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-    (work if args.worker else drive)(args)
+    if args.worker:
+        work(args)
+    else:
+        drive(Path(__file__), args)
 
 
 if __name__ == "__main__":

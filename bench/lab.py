@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
 import sys
 from pathlib import Path
@@ -36,3 +38,22 @@ def gbit(rate: str) -> float:
     from netlab_links import parse_rate
 
     return parse_rate(rate) / 1e9
+
+
+def drive(script: Path, args: argparse.Namespace) -> None:
+    """Run `script` as a worker of each rank, for each number of hosts and each rate; all rows go to args.out."""
+    from netlab import Lab
+    from timing import environment
+
+    rows, part = [], Path(f"{args.out}.part")
+    for hosts in map(int, args.hosts.split(",")):
+        for rate in args.rates.split(","):
+            with Lab(hosts=hosts, ranks_per_host=args.ranks_per_host, rate=rate) as lab:
+                # A first word that netlab knows nothing of; the rest as it came.
+                command = [sys.executable, str(script.resolve()), "--worker", "--rate", rate, *sys.argv[1:]]
+                if code := lab.run([*command, "--out", str(part)]):
+                    sys.exit(code)
+            rows += json.loads(part.read_text())
+            part.unlink()
+            found = environment(args.device)
+            Path(args.out).write_text(json.dumps({"environment": found, "rows": rows}, indent=1) + "\n")
