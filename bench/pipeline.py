@@ -72,8 +72,8 @@ class Training:
         if self.method.names_samples:
             rows = len(tokens_BT)
             self.stage.set_samples(torch.arange(number * rows, (number + 1) * rows))
-        inputs = [tokens_BT[:, :-1]] if self.rank == 0 else []
-        targets = {"target": tokens_BT[:, 1:]} if self.rank == self.count - 1 else {}
+        inputs = [tokens_BT[:, :-1].contiguous()] if self.rank == 0 else []
+        targets = {"target": tokens_BT[:, 1:].contiguous()} if self.rank == self.count - 1 else {}
         self.optimizer.zero_grad(set_to_none=True)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
             self.schedule.step(*inputs, **targets)

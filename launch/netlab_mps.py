@@ -40,11 +40,13 @@ class Mps:
         return self._control(input=b"quit\n")
 
     def _control(self, *options: str, input: bytes = b"") -> bool:
+        # A daemon that is told of some GPUs only counts them anew, and its clients' numbers would mean others.
+        everything = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
         try:
             result = subprocess.run(
                 [self.program, *options],
                 input=input,
-                env=os.environ | self.environment,
+                env=everything | self.environment,
                 stdout=subprocess.DEVNULL,  # the daemon keeps these open
                 stderr=subprocess.DEVNULL,
                 timeout=20,

@@ -48,6 +48,12 @@ def hard_input(text: str | None) -> Tensor:
     return x[:, :128] if text and "x" in text else x
 
 
+def largest_products(a_RC: Tensor, b_SC: Tensor) -> Tensor:
+    """(R, S): the largest of a_rc * b_sc along the contraction."""
+    pieces = zip(a_RC.split(16, dim=1), b_SC.split(16, dim=1), strict=True)
+    return torch.stack([(a[:, None] * b).amax(dim=-1) for a, b in pieces]).amax(dim=0)
+
+
 def products(
     recipe: str, capability: tuple[int, int] | None, x: Tensor, w: Tensor, dy: Tensor
 ) -> tuple[Plan, tuple[Tensor, Tensor, Tensor]]:

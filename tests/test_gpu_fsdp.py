@@ -120,6 +120,7 @@ def memory():
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
     peaks = []
     for recipe in (None, "full-shard"):
+        before = torch.cuda.memory_allocated()
         model = made(Deep).cuda()
         for part in (*model.blocks, model):
             if recipe is None:
@@ -133,7 +134,7 @@ def memory():
             model(torch.randn(4096, 37, device="cuda")).square().mean().backward()
             optimizer.step()
             optimizer.zero_grad()
-        peaks.append(torch.cuda.max_memory_allocated())
+        peaks.append(torch.cuda.max_memory_allocated() - before)
         del model, part, optimizer
         gc.collect()  # a sharded module and its hooks hold each other
         torch.cuda.empty_cache()

@@ -114,7 +114,8 @@ def _e4m3_up(y: Tensor) -> Tensor:
 
 
 def _bytes(values: Tensor, dtype: torch.dtype) -> Tensor:
-    return values.to(dtype).unsqueeze(-1).view(torch.uint8)
+    """uint8 (*, itemsize). Viewed before a dimension is added: torch.compile gives one of length 1 a stride of 0."""
+    return values.to(dtype).view(torch.uint8).view(*values.shape, dtype.itemsize)
 
 
 def encode_scales(

@@ -51,7 +51,7 @@ def encode_spikes(h_GB: Tensor, fmt: Format, random_GB: Tensor | None) -> tuple[
     bits_G2, sign_G2 = magnitude_bits(kept_G2), (kept_G2.contiguous().view(torch.int32) >> 31) & 1
     if fmt.scale == "fp32x3":
         words_G3 = torch.cat((scale_G1, bits_G2 | sign_G2 << 31), dim=-1).masked_fill(marked_G[:, None], _NAN32)
-        words_GS = words_G3.unsqueeze(-1).view(torch.uint8).flatten(1)
+        words_GS = words_G3.view(torch.uint8)
         filler_GS = words_GS.new_zeros((len(words_GS), 2))
     else:
         if random_GB is None:
@@ -60,7 +60,7 @@ def encode_spikes(h_GB: Tensor, fmt: Format, random_GB: Tensor | None) -> tuple[
             top_G2 = (bits_G2 + random_GB.gather(1, places_G2).to(torch.int32)).clamp(max=_BF16_FINITE) >> 16
         words_G3 = torch.cat((bf16_up(scale_G1), top_G2 | sign_G2 << 15), dim=-1)
         words_G3 = words_G3.masked_fill(marked_G[:, None], _NAN16).to(torch.int16)
-        words_GS = words_G3.unsqueeze(-1).view(torch.uint8).flatten(1)
+        words_GS = words_G3.view(torch.uint8)
         filler_GS = words_GS[:, :0]
     return torch.cat((words_GS, places_G2.to(torch.uint8), filler_GS), dim=-1), rest_GB, marked_G
 

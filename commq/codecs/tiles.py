@@ -95,7 +95,7 @@ def encode_tiles(x_N: Tensor, wire_S: Tensor, layout: TileLayout, *, tau: float 
 
     heads, scales_T2, zeros_T2, wide, narrow = layout.sections(wire_S)
     heads.copy_(pivot_T + _ROTATED * rotated_T + _NARROW * narrow_T)
-    scales_T2.copy_(_bytes(scale_T.masked_fill(marked_T, torch.nan)))
+    scales_T2.copy_(_bytes(scale_T, marked_T))
     zeros_T2.copy_(_bytes(zero_T))
     order_T = _wide_first(narrow_T)
     wide.copy_(pack(codes_TE[order_T[: layout.wide]], WIDE))
@@ -157,9 +157,12 @@ def _round_bf16(x_T: Tensor, *, up: bool) -> Tensor:
     return torch.where(wrong_T, moved_T, near_T).clamp(-_TOP, _TOP).to(torch.float32)
 
 
-def _bytes(x_T: Tensor) -> Tensor:
-    """uint8 (T, 2)."""
-    return x_T.to(torch.bfloat16).view(torch.uint8).view(-1, 2)
+def _bytes(x_T: Tensor, marked_T: Tensor | None = None) -> Tensor:
+    """uint8 (T, 2); the same NaN on every device where marked."""
+    bits_T = x_T.to(torch.bfloat16).view(torch.int16)
+    if marked_T is not None:
+        bits_T = bits_T.masked_fill(marked_T, 0x7FC0)
+    return bits_T.view(torch.uint8).view(-1, 2)
 
 
 def _floats(bytes_T2: Tensor) -> Tensor:

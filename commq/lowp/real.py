@@ -4,8 +4,9 @@
     lowp_multiply   a_RC @ b_SC.T of codes and steps
 
 FP8 GEMMs are torch's scaled_mm, INT8 ones Triton kernels, as is the encoding. On a CPU both are the plain torch of
-`codes.py`. Error against `emulated` with the same operands: 2**-8 |y| (y is rounded to bfloat16) + 2**-10 sum |a b|
-(tensor cores add FP8 products in as few as 14 bits; INT8 has no second part but the last bits of float32).
+`codes.py`. Error against `emulated` with the same operands: 2**-8 |y| (y is rounded to bfloat16) + 2**-10 sum |a b| +
+2**-8 max |a b|: tensor cores add 32 FP8 products at a time with 13 bits below the largest one's exponent, and so to
+what they have (INT8 has the first part only, and the last bits of float32).
 """
 
 from __future__ import annotations
@@ -172,7 +173,7 @@ def _fp8(a: Tensor, b: Tensor, a_steps: Tensor, b_steps: Tensor, gemm: Gemm, dty
         square = gemm.second.tile == (128, 128)
         recipes = kinds.BlockWise1x128, kinds.BlockWise128x128 if square else kinds.BlockWise1x128
         a_steps, b_steps = a_steps.T, b_steps.T
-    fast = gemm.first.format == gemm.second.format and gemm.first.tile in (TENSOR, ROW)
+    fast = gemm.first.format == gemm.second.format and gemm.first.tile == TENSOR
     out = dtype if gemm.first.tile == TENSOR else torch.bfloat16
     return F.scaled_mm(
         a, b.T, a_steps, recipes[0], b_steps, recipes[1], output_dtype=out, use_fast_accum=fast

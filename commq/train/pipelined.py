@@ -197,7 +197,7 @@ class PipelineTrainer(Trainer):
         raise ValueError("--reshard with --pipeline-stages: ranks hold stages; continue with as many processes")
 
     def _inputs(self, tokens: Tensor) -> list[Tensor]:
-        return [tokens[:, :-1]] if self._index == 0 else []
+        return [tokens[:, :-1].contiguous()] if self._index == 0 else []
 
     def _targets(self, tokens: Tensor) -> dict[str, Any]:
         return {"target": tokens[:, 1:]} if self._index == self._stages - 1 else {}
