@@ -7,10 +7,10 @@ Builds the lab of launch/netlab.py (needs root) for each number of hosts and run
 Tensors are activations (batch, tokens, width) in bfloat16: normal numbers, and channels 100 times larger, the same on
 every rank. Two exchanges of each: "all_reduce", as after a rowwise layer with a whole output (of two ranks by both
 schedules; the styles of commq take one_shot there), and "reduce_scatter + all_gather" along the tokens, as with
-sequence parallelism. "library" is torch.distributed's own in bf16, for the second without the copies that a dimension
-other than the first needs. Timed as in bench/collectives.py. A row also has how many times faster than the library's
-it is, and the largest errors of the sum: of what is not an outlier in units of its root mean square, and of the
-outliers relative to themselves.
+sequence parallelism. "library" is torch.distributed's own in bf16 and in fp32, for the second without the copies that a
+dimension other than the first needs; "no communication" is a copy of the tensor. Timed as in bench/collectives.py. A
+row also has how many times faster than the library's bf16 it is, and the largest errors of the sum: of what is not an
+outlier in units of its root mean square, and of the outliers relative to themselves.
 """
 
 from __future__ import annotations
@@ -52,10 +52,10 @@ class Activations(Worker):
             for exchange, format, call in self._exchanges(x):
                 row = self._measure(call, runs=self.args.runs)
                 kind = exchange.split()[0]
-                if format == "library":
+                if format == "library bf16":
                     library[kind] = row["median_ms"]
-                name = "bf16" if format == "library" else format
-                bound = all_reduce_bytes(x.numel(), name, world_size=self.world_size, dtype=x.dtype)
+                name, moves = format.removeprefix("library "), format != "no communication"
+                bound = all_reduce_bytes(x.numel(), name, world_size=self.world_size, dtype=x.dtype) if moves else 0
                 yield {
                     "rate": self.args.rate,
                     "hosts": self.world_size,
@@ -66,7 +66,7 @@ class Activations(Worker):
                     "times_faster": library[kind] / row["median_ms"],
                     "bound_bytes": bound,
                     "bound_ms": milliseconds(bound, self.gbit) if self.gbit else None,
-                    **self._errors(call(), exact),
+                    **(self._errors(call(), exact) if moves else {}),
                 }
 
     def _activations(self, sizes: list[int], rank: int) -> torch.Tensor:
@@ -80,23 +80,27 @@ class Activations(Worker):
         scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
         gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
-        def library_sum() -> torch.Tensor:
+        def library_sum(x: torch.Tensor) -> torch.Tensor:
             y = x.clone()
             dist.all_reduce(y)
             return y
 
-        def library_parts() -> torch.Tensor:
+        def library_parts(x: torch.Tensor) -> torch.Tensor:
             part, y = x.new_empty(x.numel() // self.world_size), torch.empty_like(x)
             scatter(part, x.view(-1))
             gather(y.view(-1), part)
             return y
 
-        yield "all_reduce", "library", library_sum
+        whole = x.float()
+        yield "all_reduce", "library bf16", partial(library_sum, x)
+        yield "all_reduce", "library fp32", partial(library_sum, whole)
+        yield "all_reduce", "no communication", x.clone
         for schedule in ("one_shot", "two_shot") if self.world_size == 2 else ("two_shot",):
             for name in self.args.formats.split(","):
                 call = partial(F.all_reduce, x, format=name, schedule=schedule)
                 yield f"all_reduce {schedule}", name, call
-        yield "reduce_scatter + all_gather", "library", library_parts
+        yield "reduce_scatter + all_gather", "library bf16", partial(library_parts, x)
+        yield "reduce_scatter + all_gather", "library fp32", partial(library_parts, whole)
         for name in self.args.formats.split(","):
             yield (
                 "reduce_scatter + all_gather",
@@ -125,10 +129,11 @@ def work(args: argparse.Namespace) -> None:
         rows.append(row)
         if dist.get_rank() == 0:
             print(
-                f"{row['rate']:>9} {row['hosts']} hosts {row['shape']:>12} {row['exchange']:>27} {row['format']:>7} "
+                f"{row['rate']:>9} {row['hosts']} hosts {row['shape']:>12} {row['exchange']:>27} {row['format']:>16} "
                 f"{row['median_ms']:>9.2f} ({row['fastest_ms']:.2f} .. {row['slowest_ms']:.2f}) ms "
                 f"{row['times_faster']:>5.2f}x {row['link_bytes'] / 1e6:>8.2f} MB, "
-                f"bound {row['bound_ms'] or 0.0:>8.2f} ms, errors {row['calm_error']:.4f} {row['outlier_error']:.5f}",
+                f"bound {row['bound_ms'] or 0.0:>8.2f} ms"
+                + (f", errors {row['calm_error']:.4f} {row['outlier_error']:.5f}" if "calm_error" in row else ""),
                 flush=True,
             )
     if dist.get_rank() == 0:

@@ -74,7 +74,7 @@ def find_gaps(rows: list[Row]) -> list[Gap]:
         losses = [_loss(row) for row, _ in pairs]
         gaps = [100 * (own - loss) / loss for own, (_, loss) in zip(losses, pairs, strict=True)]
         row = pairs[0][0]
-        found.append(Gap(text, row["bits"], losses, gaps, row["sent_bytes"] / row["raw_bytes"]))
+        found.append(Gap(text, row["bits"], losses, gaps, row["sent_bytes"] / max(1, row["raw_bytes"])))
     return found
 
 

@@ -104,6 +104,7 @@ def methods(samples: int) -> Iterator[Method]:
     """What costs nothing first. samples: those of all batches."""
     yield Method(BASELINE, SilentStage, "stages compute, nothing travels")
     yield Method("torch", pipelining.PipelineStage, "torch's own stage: the tensors as they are")
+    yield encoded("fp32", "fp32", "fp32")
     yield encoded(PLAIN, "bf16", "bf16")
     yield encoded("ahead 0: bf16", "bf16", "bf16", ahead=0)
     yield encoded("int8 / int8", "int8", "int8")
