@@ -70,7 +70,9 @@ def ddp_methods(recipes: list[str], world_size: int) -> Iterator[Method]:
     for text in recipes:
         recipe = read_recipe(text)
         yield Method(f"commq {text}", partial(_commq, recipe), str(recipe), measures_link=True)
-    yield Method("commq onebit-adam", _onebit_adam, "OneBitAdam, frozen", warm_up=6, measures_link=True)
+    for block in (128, 512):
+        detail = f"OneBitAdam, frozen, blocks of {block}"
+        yield Method(f"commq onebit-adam/{block}", partial(_onebit_adam, block), detail, warm_up=6, measures_link=True)
     meets = "ZeroOneAdam, ranks meet in every fifth step"
     yield Method("commq zero-one-adam", _zero_one_adam, meets, warm_up=12, steps=10, measures_link=True)
 
@@ -113,9 +115,10 @@ def _commq(recipe: commq.Recipe, model: nn.Module) -> Attached:
     return attached
 
 
-def _onebit_adam(model: nn.Module) -> Attached:
+def _onebit_adam(block: int, model: nn.Module) -> Attached:
     attached, ddp = _wrap(model)
-    return _paired(attached, commq.optim.OneBitAdam(ddp, lr=1e-4, freeze_step=2))
+    signs = commq.get_format("sign", block=block)
+    return _paired(attached, commq.optim.OneBitAdam(ddp, lr=1e-4, freeze_step=2, momentum_format=signs))
 
 
 def _zero_one_adam(model: nn.Module) -> Attached:
