@@ -62,7 +62,8 @@ class ShardedUnit:
         self._masters_SR = torch.zeros(self.sharers, row_numel, device=self.device)
         self._gradients_WSR = torch.zeros(len(inner), self.sharers, row_numel, device=self.device)
         self._reduced_WR = torch.zeros(len(inner), row_numel, device=self.device)
-        self._sources = [list(self._places(rows_SR)) for rows_SR in self._gradients_WSR]
+        self.sources = [list(self._places(rows_SR)) for rows_SR in self._gradients_WSR]
+        """By rank and parameter: where its gradient is sent from, in pieces."""
         for parameter, pieces in zip(self.parameters, self._places(self._masters_SR), strict=True):
             _copy(pieces, _pieces(parameter.data, pieces))
             parameter.data = parameter.data.to(dtype)
@@ -99,7 +100,7 @@ class ShardedUnit:
 
     def put_gradients(self, rank: int, gradients: Sequence[Tensor]) -> None:
         """Those of whole parameters, to where they are sent from."""
-        for gradient, pieces in zip(gradients, self._sources[rank], strict=True):
+        for gradient, pieces in zip(gradients, self.sources[rank], strict=True):
             _copy(pieces, _pieces(gradient, pieces))
 
     def scatter(self, rank: int) -> None:

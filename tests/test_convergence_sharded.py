@@ -1,6 +1,7 @@
 """bench/convergence.py on sharded training: ranks in one process give the bits of commq.fully_shard in processes."""
 
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,8 @@ import commq
 from commq.train.config import ModelConfig, OptimizerConfig
 from commq.train.model import GPT, next_byte_loss
 from commq.train.optimizer import make_optimizer
+from convergence_report import DIRECT, ROUGH, SHARDED_GATES, report
+from convergence_run import Run, Setting
 from fsdp_cases import grid, line, shard, whole
 from harness import run_processes
 from recipe_text import read_recipe
@@ -27,7 +30,7 @@ FLAT = (
     "fp32",
     "full-shard",
     "sdp4bit",
-    "sdp4bit:weights_difference=false",
+    DIRECT,
     "zero++",
     "qsdp",
     "loco-two-hop:exempt.min_numel=0",
@@ -122,3 +125,52 @@ def test_ranks_in_one_process_give_the_bits_of_processes(world_size, mode, texts
                     assert torch.equal(torch.cat(list(shards)), weights[name]), f"{where}, {name}"
     finally:
         torch.set_num_threads(threads)
+
+
+def row(mode, recipe, seed, loss):
+    setting = asdict(Setting(recipe=recipe, seed=seed, parallel=mode, hosts=1 + (mode == "hsdp")))
+    return {**setting, "val_loss": loss, "bits": 4, "sent_bytes": 1, "raw_bytes": 8}
+
+
+@pytest.mark.parametrize(("mode", "control"), [("fsdp", DIRECT), ("hsdp", ROUGH)])
+def test_each_default_has_a_gate_and_the_control_must_fail_its_own(mode, control):
+    recipes = [gate.recipe for gate in SHARDED_GATES[mode]]
+    assert recipes[-1] == control
+    base = [row(mode, "fp32", seed, 1.0 + seed) for seed in range(3)]
+
+    def judged(cost):
+        rows = [row(mode, text, each["seed"], each["val_loss"] * cost) for text in recipes for each in base]
+        gates = [line for line in report([*base, *rows]).splitlines() if line[:4] in ("PASS", "FAIL")]
+        return [line[:4] for line in gates]
+
+    assert judged(1.002) == ["PASS"] * (len(recipes) - 1) + ["FAIL"]
+    assert judged(1.003) == ["FAIL"] * (len(recipes) - 1) + ["PASS"]
+
+
+def test_modes_are_not_mixed():
+    rows = [row(mode, "fp32", seed, 1.0 + (mode == "hsdp")) for mode in SHARDED_GATES for seed in range(2)]
+    rows += [row("fsdp", "hybrid-shard", seed, 2.0) for seed in range(2)]
+    fsdp, hsdp = report(rows).split("\n\n4 ranks")
+    assert "hybrid-shard" in fsdp and "+100.000" in fsdp
+    assert "hybrid-shard, the default between hosts: no runs" in hsdp
+
+
+@pytest.mark.parametrize(("mode", "hosts", "match"), [("hsdp", 1, "HSDP"), ("fsdp", 3, "as many on each")])
+def test_hosts_that_cannot_be_are_refused(mode, hosts, match):
+    with pytest.raises(ValueError, match=match):
+        ShardedReplicas(read_recipe("fp32"), make_model(), OptimizerConfig(), 4, hosts=hosts, hybrid=mode == "hsdp")
+
+
+def test_a_recipe_that_cannot_be_followed_is_refused():
+    with pytest.raises(ValueError, match="one of all-reduces"):
+        ShardedReplicas(read_recipe("thc"), make_model(), OptimizerConfig(), 4)
+
+
+def test_a_run_counts_its_bytes_and_validates(monkeypatch):
+    """What is counted is the whole of it: one validation gathers after the last step."""
+    options = {"rows": 1, "steps": 4, "val_bytes": 64, "model": MODEL, "device": "cpu", "parallel": "fsdp"}
+    plain, found = (Run(Setting(recipe=text, seed=0, **options)).execute() for text in ("fp32", "full-shard"))
+    assert plain["raw_bytes"] == plain["sent_bytes"] == found["raw_bytes"]
+    assert 0.15 < found["sent_bytes"] / found["raw_bytes"] < 0.35  # 8 bits twice, 4 bits, and what is exempt
+    assert [step for step, *_ in found["validation"]] == [1, 2, 3, 4]
+    assert found["val_loss"] == found["validation"][-1][3] < found["validation"][0][3]
