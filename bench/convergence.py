@@ -48,6 +48,7 @@ from convergence_report import BASELINE, DIRECT, ROUGH, key_of, read_rows, repor
 from convergence_run import UPDATES, Run, Setting  # noqa: E402
 from netlab_mps import Mps, gpus, mps_program  # noqa: E402
 from recipe_text import read_recipe, split_recipes  # noqa: E402
+from sharded_replicas import check_hosts  # noqa: E402
 from timing import environment  # noqa: E402
 
 RECIPES = {
@@ -268,6 +269,10 @@ def main() -> None:
         parser.error(f"--parallel {args.parallel} with --lowp or --update: expected AdamW on plain layers")
     if not sharded and args.hosts != 1:
         parser.error("--hosts with --parallel ddp: expected fsdp or hsdp")
+    try:
+        check_hosts(args.world_size, args.hosts, hybrid=args.parallel == "hsdp")
+    except ValueError as error:
+        parser.error(str(error))
     for text in (*split_recipes(args.recipes), *_lowp_recipes(args.lowp, parser)):
         try:
             recipe = read_recipe(text)

@@ -48,8 +48,7 @@ class ShardedReplicas:
         dtype: torch.dtype = torch.float32,
     ) -> None:
         check_recipe(recipe, None, hybrid=hybrid)
-        if world_size % hosts or hybrid > (1 < hosts < world_size):
-            raise ValueError(f"{world_size} ranks on {hosts} hosts: expected as many on each; HSDP: several on several")
+        check_hosts(world_size, hosts, hybrid=hybrid)
         self.model, self.ranks = model, Ranks(world_size)
         grid = torch.arange(world_size).view(hosts, -1)
         for transport in self.ranks.transports:
@@ -145,6 +144,14 @@ class ShardedReplicas:
         """Of all gradients: first of each parameter over its shards, as that of DTensors is found."""
         norms = torch.stack(torch._foreach_norm([shard.grad for shard in self._shards]))
         return torch.linalg.vector_norm((norms.view(-1, self.units[0].sharers) ** 2).sum(dim=1) ** 0.5)
+
+
+def check_hosts(world_size: int, hosts: int, *, hybrid: bool) -> None:
+    """ValueError for hosts that the ranks cannot be on."""
+    if hosts < 1 or world_size % hosts:
+        raise ValueError(f"{world_size} ranks on {hosts} hosts: expected as many on each")
+    if hybrid and not 1 < hosts < world_size:
+        raise ValueError(f"HSDP with {world_size} ranks, hosts: {hosts}; expected several, of several ranks each")
 
 
 def _units(model: nn.Module) -> dict[str, list[tuple[str, nn.Parameter]]]:

@@ -121,5 +121,5 @@ def test_captured_gradients_of_shards_are_those_of_the_model(recipe, hosts):
         shards = [shard.grad.flatten() for unit in replicas.units for each in unit.masters.values() for shard in each]
         mean, reduced = torch.stack(replicas.sent).mean(dim=0), torch.cat(shards)
         reduced *= (mean @ reduced) / reduced.square().sum()  # it was clipped
-        # Sums of four numbers and their scale; with 4 bits, an element is off by up to a seventh of the largest of its block.
+        # Sums of four numbers and their scale; in 4 bits, an element is off by up to a seventh of its block's largest.
         assert (reduced - mean).norm() <= (2.0**-19 if recipe == "fp32" else 0.25) * mean.norm()
