@@ -44,7 +44,7 @@ sys.path[:0] = [str(ROOT), str(ROOT.parent), str(ROOT.parent / "launch")]
 from commq.attach.fsdp import check_recipe  # noqa: E402
 from commq.train.config import ModelConfig, OptimizerConfig  # noqa: E402
 from convergence_lowp import BASE_UPDATE, Choice, emulation_work, label_of, read_choice  # noqa: E402
-from convergence_report import BASELINE, DIRECT, ROUGH, key_of, read_rows, report  # noqa: E402
+from convergence_report import BASELINE, COARSE, DIRECT, ROUGH, key_of, read_rows, report  # noqa: E402
 from convergence_run import UPDATES, Run, Setting  # noqa: E402
 from netlab_mps import Mps, gpus, mps_program  # noqa: E402
 from recipe_text import read_recipe, split_recipes  # noqa: E402
@@ -53,10 +53,10 @@ from timing import environment  # noqa: E402
 
 RECIPES = {
     "ddp": "int8 int4 int2 onebit",
-    "fsdp": f"full-shard sdp4bit zero++ qsdp loco-two-hop {DIRECT}",
+    "fsdp": f"full-shard sdp4bit zero++ qsdp loco-two-hop {DIRECT} {COARSE}",
     "hsdp": f"hybrid-shard {ROUGH}",
 }
-"""Those of each --parallel that has gates, and its control."""
+"""By --parallel: those that have gates, and controls."""
 
 
 def wanted(args: argparse.Namespace) -> list[Setting]:

@@ -14,6 +14,7 @@ from convergence_run import Setting
 
 BASELINE, CONTROL = "fp32", "int2"
 DIRECT = "sdp4bit:weights_difference=false"
+COARSE = f"{DIRECT},weights=int2"
 ROUGH = "hybrid-shard:format=int2,feedback=none"
 Row = dict[str, Any]
 NAMES = asdict(Setting(recipe="", seed=0))
@@ -125,6 +126,7 @@ SHARDED_GATES = {
         Gate("sdp4bit, the default where they are kept", 0.25, "sdp4bit"),
         *(Gate(name, 0.25, name) for name in ("zero++", "qsdp", "loco-two-hop")),
         Gate("control: weights in 4 bits, not as differences", 0.25, DIRECT, must_fail=True),
+        Gate("control: weights in 2 bits, not as differences", 0.25, COARSE, must_fail=True),
     ),
     "hsdp": (
         Gate("hybrid-shard, the default between hosts", 0.25, "hybrid-shard"),

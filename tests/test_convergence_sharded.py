@@ -16,11 +16,12 @@ import commq
 from commq.train.config import ModelConfig, OptimizerConfig
 from commq.train.model import GPT, next_byte_loss
 from commq.train.optimizer import make_optimizer
-from convergence_report import DIRECT, ROUGH, SHARDED_GATES, report
+from convergence import RECIPES
+from convergence_report import DIRECT, SHARDED_GATES, report
 from convergence_run import Run, Setting
 from fsdp_cases import grid, line, shard, whole
 from harness import run_processes
-from recipe_text import read_recipe
+from recipe_text import read_recipe, split_recipes
 from sharded_replicas import ShardedReplicas
 
 STEPS, ROWS, HOSTS_OF = 3, 2, [0, 0, 1, 1]
@@ -132,19 +133,18 @@ def row(mode, recipe, seed, loss):
     return {**setting, "val_loss": loss, "bits": 4, "sent_bytes": 1, "raw_bytes": 8}
 
 
-@pytest.mark.parametrize(("mode", "control"), [("fsdp", DIRECT), ("hsdp", ROUGH)])
-def test_each_default_has_a_gate_and_the_control_must_fail_its_own(mode, control):
+@pytest.mark.parametrize(("mode", "controls"), [("fsdp", 2), ("hsdp", 1)])
+def test_each_default_has_a_gate_and_controls_must_fail_it(mode, controls):
     recipes = [gate.recipe for gate in SHARDED_GATES[mode]]
-    assert recipes[-1] == control
+    assert split_recipes(RECIPES[mode]) == recipes
     base = [row(mode, "fp32", seed, 1.0 + seed) for seed in range(3)]
 
     def judged(cost):
         rows = [row(mode, text, each["seed"], each["val_loss"] * cost) for text in recipes for each in base]
-        gates = [line for line in report([*base, *rows]).splitlines() if line[:4] in ("PASS", "FAIL")]
-        return [line[:4] for line in gates]
+        return [line[:4] for line in report([*base, *rows]).splitlines() if line[:4] in ("PASS", "FAIL")]
 
-    assert judged(1.002) == ["PASS"] * (len(recipes) - 1) + ["FAIL"]
-    assert judged(1.003) == ["FAIL"] * (len(recipes) - 1) + ["PASS"]
+    assert judged(1.002) == ["PASS"] * (len(recipes) - controls) + ["FAIL"] * controls
+    assert judged(1.003) == ["FAIL"] * (len(recipes) - controls) + ["PASS"] * controls
 
 
 def test_modes_are_not_mixed():
@@ -166,7 +166,7 @@ def test_a_recipe_that_cannot_be_followed_is_refused():
         ShardedReplicas(read_recipe("thc"), make_model(), OptimizerConfig(), 4)
 
 
-def test_a_run_counts_its_bytes_and_validates(monkeypatch):
+def test_a_run_counts_its_bytes_and_validates():
     """What is counted is the whole of it: one validation gathers after the last step."""
     options = {"rows": 1, "steps": 4, "val_bytes": 64, "model": MODEL, "device": "cpu", "parallel": "fsdp"}
     plain, found = (Run(Setting(recipe=text, seed=0, **options)).execute() for text in ("fp32", "full-shard"))
