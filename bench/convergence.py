@@ -2,6 +2,7 @@
 
     python bench/convergence.py --recipes "int8 int4 int2 onebit" --seeds 0,1,2 --jobs 12 --out out/convergence.jsonl
     python bench/convergence.py --recipes "" --lowp "fp8 int8 -+adamw8bit fp8+adamw8bit+int4" --out out/lowp.jsonl
+    python bench/convergence.py --parallel fsdp --seeds 0,1,2 --jobs 12 --out out/sharded.jsonl
     python bench/convergence.py --report out/convergence.jsonl                # the table again, and the gates
     python bench/plot_convergence.py out/convergence.jsonl picture.png
     python bench/convergence.py --device cpu --steps 20 --rows 1 --layers 1 --dim 64 --heads 2 --val-bytes 4096
@@ -15,6 +16,11 @@ of --out; a run that is there already is not repeated, so the same command goes 
 Gates, of the mean paired gap in validation loss: gap <= max(bound, 2 standard errors). A gate that nothing fails proves
 nothing: int2, rounded to -1, 0, 1 without feedback, must fail that of 2 bits. --lowp has low-precision GEMMs and
 moments, bounds and controls of their own (bench/convergence_lowp.py); they are compared with AdamW in bfloat16.
+
+--parallel fsdp trains as commq.fully_shard does (bench/sharded_replicas.py): float32 masters, weights gathered and
+computed in bfloat16 (CPU: float32), gradients reduced in float32. What is uncompressed is the baseline. A recipe that
+sends differences keeps parameters after the forward pass (ZeRO-2), others gather them twice (ZeRO-3): the same bits.
+hsdp shares them out inside a host. --hosts: how many the ranks pretend to be on, for recipes that travel in two hops.
 """
 
 from __future__ import annotations
@@ -35,15 +41,22 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent
 sys.path[:0] = [str(ROOT), str(ROOT.parent), str(ROOT.parent / "launch")]
 
+from commq.attach.fsdp import check_recipe  # noqa: E402
 from commq.train.config import ModelConfig, OptimizerConfig  # noqa: E402
 from convergence_lowp import BASE_UPDATE, Choice, emulation_work, label_of, read_choice  # noqa: E402
-from convergence_report import BASELINE, key_of, read_rows, report  # noqa: E402
+from convergence_report import BASELINE, COARSE, DIRECT, ROUGH, key_of, read_rows, report  # noqa: E402
 from convergence_run import UPDATES, Run, Setting  # noqa: E402
 from netlab_mps import Mps, gpus, mps_program  # noqa: E402
 from recipe_text import read_recipe, split_recipes  # noqa: E402
+from sharded_replicas import check_hosts  # noqa: E402
 from timing import environment  # noqa: E402
 
-RECIPES = "int8 int4 int2 onebit"
+RECIPES = {
+    "ddp": "int8 int4 int2 onebit",
+    "fsdp": f"full-shard sdp4bit zero++ qsdp loco-two-hop {DIRECT} {COARSE}",
+    "hsdp": f"hybrid-shard {ROUGH}",
+}
+"""By --parallel: those that have gates, and controls."""
 
 
 def wanted(args: argparse.Namespace) -> list[Setting]:
@@ -58,6 +71,8 @@ def wanted(args: argparse.Namespace) -> list[Setting]:
             **asdict(choice),
             seed=seed,
             compile=args.compile,
+            parallel=args.parallel,
+            hosts=args.hosts,
             steps=args.steps,
             world_size=args.world_size,
             rows=args.rows,
@@ -217,7 +232,9 @@ def _lowp_recipes(texts: str, parser: argparse.ArgumentParser) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--recipes", default=RECIPES, help=f"separated by blanks; {BASELINE} is always there ({RECIPES})")
+    add("--recipes", help=f"separated by blanks; {BASELINE} is always there; by default those that have gates")
+    add("--parallel", default="ddp", choices=tuple(RECIPES))
+    add("--hosts", type=int, help="that the ranks of fsdp and hsdp pretend to be on (1; hsdp 2)")
     add("--seeds", default="0,1,2")
     add("--lowp", default="", help="precision+update+recipe, separated by blanks (bench/convergence_lowp.py)")
     add("--compile", action="store_true", help="torch.compile attention and MLP; emulated formats need it on a GPU")
@@ -245,9 +262,22 @@ def main() -> None:
     if args.report:
         print(report(read_rows(Path(args.report))))
         return
+    sharded = args.parallel != "ddp"
+    args.recipes = RECIPES[args.parallel] if args.recipes is None else args.recipes
+    args.hosts = args.hosts or (2 if args.parallel == "hsdp" else 1)
+    if sharded and (args.lowp or args.update != "adamw"):
+        parser.error(f"--parallel {args.parallel} with --lowp or --update: expected AdamW on plain layers")
+    if not sharded and args.hosts != 1:
+        parser.error("--hosts with --parallel ddp: expected fsdp or hsdp")
+    try:
+        check_hosts(args.world_size, args.hosts, hybrid=args.parallel == "hsdp")
+    except ValueError as error:
+        parser.error(str(error))
     for text in (*split_recipes(args.recipes), *_lowp_recipes(args.lowp, parser)):
         try:
-            read_recipe(text)
+            recipe = read_recipe(text)
+            if sharded:
+                check_recipe(recipe, None, hybrid=args.parallel == "hsdp")
         except (OSError, ValueError) as error:
             parser.error(str(error))
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # ends runs and MPS, too

@@ -13,6 +13,9 @@ from convergence_lowp import BASE_UPDATE, BOUNDS, label_of
 from convergence_run import Setting
 
 BASELINE, CONTROL = "fp32", "int2"
+DIRECT = "sdp4bit:weights_difference=false"
+COARSE = f"{DIRECT},weights=int2"
+ROUGH = "hybrid-shard:format=int2,feedback=none"
 Row = dict[str, Any]
 NAMES = asdict(Setting(recipe="", seed=0))
 """What a row has of its setting; rows of older files lack what there was not yet."""
@@ -117,6 +120,19 @@ GATES = (
 )
 
 
+SHARDED_GATES = {
+    "fsdp": (
+        Gate("full-shard, the default where parameters are gathered twice", 0.25, "full-shard"),
+        Gate("sdp4bit, the default where they are kept", 0.25, "sdp4bit"),
+        *(Gate(name, 0.25, name) for name in ("zero++", "qsdp", "loco-two-hop")),
+        Gate("control: weights in 4 bits, not as differences", 0.25, DIRECT, must_fail=True),
+        Gate("control: weights in 2 bits, not as differences", 0.25, COARSE, must_fail=True),
+    ),
+    "hsdp": (
+        Gate("hybrid-shard, the default between hosts", 0.25, "hybrid-shard"),
+        Gate("control: 2 bits without feedback", 0.25, ROUGH, must_fail=True),
+    ),
+}
 LOWP_GATES = (
     *(Gate(f"{name} GEMMs", bound, f"{name}+-") for name, bound in BOUNDS.items()),
     Gate("8-bit moments", 0.1, "-+adamw8bit"),
@@ -142,9 +158,10 @@ def report(rows: list[Row]) -> str:
 def _report(rows: list[Row]) -> str:
     gaps = sorted(find_gaps(rows), key=lambda gap: (-gap.bits, gap.mean))
     first = rows[0]
-    model, rate = first["model"], first["optimizer"]["lr"]
+    model, rate, sharding = first["model"], first["optimizer"]["lr"], first.get("parallel", "ddp")
+    where = f" of {sharding}, hosts: {first['hosts']}" if sharding != "ddp" else ""
     lines = [
-        f"{first['world_size']} ranks, {first['steps']} steps of {first['update']} at {rate:g}, "
+        f"{first['world_size']} ranks{where}, {first['steps']} steps of {first['update']} at {rate:g}, "
         f"{model['layers']} layers of {model['dim']}",
         f"{'recipe':<44} {'bytes':>6} {'val loss':>8} {'sd of seeds':>11} {'gap %':>8} {'std error':>9} {'seeds':>5}",
     ]
@@ -153,7 +170,8 @@ def _report(rows: list[Row]) -> str:
             f"{gap.recipe:<44} {gap.ratio:6.3f} {statistics.fmean(gap.losses):8.4f} {deviation(gap.losses):11.4f} "
             f"{gap.mean:+8.3f} {gap.error:9.3f} {len(gap.gaps):>5}"
         )
-    lines += ["", "gates: gap <= max(bound, 2 standard errors)", *(gate.judge(gaps) for gate in GATES)]
+    gates = GATES if sharding == "ddp" else SHARDED_GATES[sharding]
+    lines += ["", "gates: gap <= max(bound, 2 standard errors)", *(gate.judge(gaps) for gate in gates)]
     if any(row.get("precision", "none") != "none" or row["update"] in BASE_UPDATE for row in rows):
         lines += [gate.judge(gaps) for gate in LOWP_GATES]
     return "\n".join(lines)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import commq
 from commq.optim import LowBitAdamW
 from commq.optim.moment_format import ROOT_4_ZERO
 from commq.optim.optimizer import CommOptimizer
@@ -24,6 +25,7 @@ from commq.train.precision import compile_blocks
 from convergence_lowp import make_control, plant_outlier
 from recipe_text import read_recipe
 from replicas import GradientUpdate, MomentumUpdate, Replicas, Update
+from sharded_replicas import ShardedReplicas
 
 MOMENTA = ("onebit-adam", "onebit-lamb", "zero-one-adam", "birder", "ef-signsgd", "signsgd-mv")
 VALIDATIONS = 6
@@ -43,6 +45,10 @@ class Setting:
     """Of the GEMMs of linear layers: a recipe of commq.lowp or a control (convergence_lowp.py)."""
     outlier: float = 0.0
     """How many times larger one channel is made, without changing what the model computes; 0: none is."""
+    parallel: str = "ddp"
+    """ddp; or what commq.fully_shard does: fsdp, or hsdp, which shares parameters out inside a host only."""
+    hosts: int = 1
+    """That the ranks pretend to be on, with fsdp and hsdp."""
     compile: bool = False
     """torch.compile attention and MLP: emulated formats are slow without."""
     steps: int = 2000
@@ -106,9 +112,7 @@ class Run:
         if setting.compile:
             compile_blocks(self.model)
         recipe = read_recipe(setting.recipe, seed=setting.seed)
-        update = UPDATES[setting.update](setting, self.model)
-        conversion = None if self.control is None else self.control.conversion
-        self.replicas = Replicas(recipe, update, setting.world_size, conversion)
+        self.replicas = self._make_replicas(recipe)
         self.row: dict[str, Any] = {
             **asdict(setting),
             "resolved": str(recipe),
@@ -135,17 +139,33 @@ class Run:
                 loss = float(losses_W.mean())
                 if not math.isfinite(loss):
                     break
-                self.row["curve"].append([step, self._sent_bytes(), seconds + time.perf_counter() - start, loss])
+                self.row["curve"].append([step, self.replicas.sent_bytes, seconds + time.perf_counter() - start, loss])
                 self.replicas.observe(loss)
             seconds += time.perf_counter() - start
             if step == steps or (step % validate_every == 0 and steps - step >= validate_every):
-                self.row["validation"].append([step, self._sent_bytes(), seconds, self._validate()])
+                self.row["validation"].append([step, self.replicas.sent_bytes, seconds, self._validate()])
         finished = step == steps and math.isfinite(loss)
         self.row["steps_made"] = step
         self.row["val_loss"] = self.row["validation"][-1][3] if finished else None
-        self.row["sent_bytes"], self.row["seconds"] = self._sent_bytes(), seconds
-        self.row["raw_bytes"] = self.replicas.handles[0].stats().raw_bytes
+        self.row["sent_bytes"], self.row["seconds"] = self.replicas.sent_bytes, seconds
+        self.row["raw_bytes"] = self.replicas.raw_bytes
         return self.row
+
+    def _make_replicas(self, recipe: commq.Recipe) -> Replicas | ShardedReplicas:
+        setting = self.setting
+        if setting.parallel != "ddp":
+            return ShardedReplicas(
+                recipe,
+                self.model,
+                setting.optimizer,
+                setting.world_size,
+                hosts=setting.hosts,
+                hybrid=setting.parallel == "hsdp",
+                dtype=torch.bfloat16 if self.device.type == "cuda" else torch.float32,
+            )
+        update = UPDATES[setting.update](setting, self.model)
+        conversion = None if self.control is None else self.control.conversion
+        return Replicas(recipe, update, setting.world_size, conversion)
 
     def _tokens(self, step: int) -> Tensor:
         """int64 (W, B, T)."""
@@ -179,7 +199,3 @@ class Run:
         context = self.setting.model.context
         count = -(-self.setting.val_bytes // context)
         return val_batches(self.corpus.val, count=count, rank=0, world_size=1, rows=64, context=context)
-
-    def _sent_bytes(self) -> int:
-        """By rank 0."""
-        return self.replicas.ranks.transports[0].memory.sent_bytes

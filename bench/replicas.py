@@ -22,6 +22,7 @@ from commq.optim.optimizer import CommOptimizer
 from commq.train.config import OptimizerConfig
 from commq.train.model import next_byte_loss
 from commq.train.optimizer import make_optimizer
+from passes import Passes
 from thread_ranks import Ranks
 
 Handle = commq.HookState | MomentumExchange
@@ -95,24 +96,28 @@ class Replicas:
         self.device = self.buckets[0].buffer().device
         self.ranks = Ranks(world_size)
         self.handles = self.ranks.run(lambda rank: update.make_handle(recipe, rank, self.ranks.transports[rank]))
-        self._backward: Callable[[], None] | None = None
+        self.passes = Passes(self._find_gradients, self.device)
 
     def step(self, tokens_WBT: Tensor, rate: float) -> Tensor:
         """One optimizer step. tokens: int64, T = context + 1, one batch for each rank. Returns the loss of each."""
-        if self._backward is None:
-            self._tokens_WBT = torch.empty_like(tokens_WBT, device=self.device)
-            self._losses_W = torch.zeros(len(tokens_WBT), device=self.device)
-            self._tokens_WBT.copy_(tokens_WBT)
-            self._backward = self._captured() if self.device.type == "cuda" else self._find_gradients
-        self._tokens_WBT.copy_(tokens_WBT, non_blocking=True)
-        self._backward()
+        losses_W = self.passes(tokens_WBT)
         self.ranks.run(self._exchange)
         self.update.apply(self.buckets, rate)
-        return self._losses_W
+        return losses_W
 
     def forget_graph(self) -> None:
         """The model computes something else from now on."""
-        self._backward = None
+        self.passes.forget()
+
+    @property
+    def sent_bytes(self) -> int:
+        """By rank 0."""
+        return self.ranks.transports[0].memory.sent_bytes
+
+    @property
+    def raw_bytes(self) -> int:
+        """What fp32 would have taken."""
+        return self.handles[0].stats().raw_bytes
 
     def observe(self, loss: float) -> None:
         """Tell recipes with phases that end by the loss what it is."""
@@ -128,24 +133,10 @@ class Replicas:
     def _exchange(self, rank: int) -> None:
         self.handles[rank].exchange(self.buckets[rank])
 
-    def _find_gradients(self) -> None:
-        for rank, bucket in enumerate(self.buckets):
-            if self._conversion is not None:  # on the device, so that a captured graph counts on
-                next(iter(self._conversion.modules.values())).clock.step.add_(1)
-            loss = self.loss(self._tokens_WBT[rank], rank)
-            gradients = torch.autograd.grad(loss, bucket.parameters())
-            torch._foreach_copy_(bucket.views, gradients)
-            self._losses_W[rank] = loss.detach()
-
-    def _captured(self) -> Callable[[], None]:
-        """Forward and backward of all ranks as one CUDA graph."""
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(2):
-                self._find_gradients()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._find_gradients()
-        return graph.replay
+    def _find_gradients(self, rank: int, tokens_BT: Tensor) -> Tensor:
+        if self._conversion is not None:  # on the device, so that a captured graph counts on
+            next(iter(self._conversion.modules.values())).clock.step.add_(1)
+        bucket = self.buckets[rank]
+        loss = self.loss(tokens_BT, rank)
+        torch._foreach_copy_(bucket.views, torch.autograd.grad(loss, bucket.parameters()))
+        return loss.detach()

@@ -33,10 +33,17 @@ class Ranks:
     def __init__(self, world_size: int) -> None:
         self.world_size = world_size
         self._pool = ThreadPoolExecutor(world_size)
-        self._barrier = threading.Barrier(world_size, timeout=PATIENCE)
-        self._shown: list[Any] = [None] * world_size
-        self._events: list[Any] = [None] * world_size
-        self.transports = [ThreadTransport(self, rank) for rank in range(world_size)]
+        self._meetings: list[_Meeting] = []
+        self.transports = self.split([range(world_size)])
+
+    def split(self, groups: Sequence[Sequence[int]]) -> list[ThreadTransport]:
+        """Every rank's transport in the one of the groups that it belongs to."""
+        found: dict[int, ThreadTransport] = {}
+        for group in groups:
+            meeting = _Meeting(len(group))
+            self._meetings.append(meeting)
+            found |= {rank: ThreadTransport(meeting, number) for number, rank in enumerate(group)}
+        return [found[rank] for rank in range(self.world_size)]
 
     def run(self, call: Callable[[int], T]) -> list[T]:
         """`call(rank)` on all ranks at once, without gradients; the first error of a rank that did not just wait."""
@@ -46,7 +53,8 @@ class Ranks:
                 with torch.no_grad():
                     return call(rank)
             except BaseException:
-                self._barrier.abort()  # the others must not wait for this rank
+                for meeting in self._meetings:  # the others must not wait for this rank
+                    meeting.abort()
                 raise
 
         futures = [self._pool.submit(guarded, rank) for rank in range(self.world_size)]
@@ -54,6 +62,16 @@ class Ranks:
         if errors:
             raise next((error for error in errors if not isinstance(error, threading.BrokenBarrierError)), errors[0])
         return [future.result() for future in futures]
+
+
+class _Meeting:
+    """Where the ranks of a group show each other what they send."""
+
+    def __init__(self, world_size: int) -> None:
+        self.world_size = world_size
+        self._barrier = threading.Barrier(world_size, timeout=PATIENCE)
+        self._shown: list[Any] = [None] * world_size
+        self._events: list[Any] = [None] * world_size
 
     def show(self, rank: int, value: Any, device: torch.device) -> list[Any]:
         """Everybody's value, in rank order, as their streams leave it. Read it, and `leave` before the next `show`."""
@@ -64,6 +82,10 @@ class Ranks:
     def leave(self, rank: int, device: torch.device) -> None:
         """Nobody goes on, and writes to what it has shown, before all have read."""
         self._wait_for_all(rank, device)
+
+    def abort(self) -> None:
+        """Whoever waits, now or later, gets an error."""
+        self._barrier.abort()
 
     def _wait_for_all(self, rank: int, device: torch.device) -> None:
         if device.type == "cuda":
@@ -86,9 +108,9 @@ class _Done:
 class ThreadTransport:
     """One rank's moves."""
 
-    def __init__(self, ranks: Ranks, rank: int) -> None:
-        self.rank, self.world_size, self.memory = rank, ranks.world_size, Memory()
-        self._ranks = ranks
+    def __init__(self, meeting: _Meeting, rank: int) -> None:
+        self.rank, self.world_size, self.memory = rank, meeting.world_size, Memory()
+        self._meeting = meeting
 
     def all_to_all(self, send_WS: Tensor, recv_WS: Tensor) -> _Done:
         self.memory.sent_bytes += send_WS.numel() - send_WS.shape[1]
@@ -100,7 +122,7 @@ class ThreadTransport:
         self, send: Tensor, recv: Tensor, send_splits: Sequence[int], recv_splits: Sequence[int], *, longest: int = 0
     ) -> _Done:
         self.memory.sent_bytes += sum(send_splits) - send_splits[self.rank]
-        everyone = self._ranks.show(self.rank, send.split(list(send_splits)), send.device)
+        everyone = self._meeting.show(self.rank, send.split(list(send_splits)), send.device)
         for run, theirs in zip(recv.split(list(recv_splits)), everyone, strict=True):
             run.copy_(theirs[self.rank])
         return self._leave(send.device)
@@ -130,13 +152,13 @@ class ThreadTransport:
         return self._leave(buffer.device)
 
     def share(self, value: Any) -> list[Any]:
-        values = self._ranks.show(self.rank, value, torch.device("cpu"))
-        self._ranks.leave(self.rank, torch.device("cpu"))
+        values = self._meeting.show(self.rank, value, torch.device("cpu"))
+        self._meeting.leave(self.rank, torch.device("cpu"))
         return values
 
     def _show(self, tensor: Tensor) -> list[Tensor]:
-        return self._ranks.show(self.rank, tensor, tensor.device)
+        return self._meeting.show(self.rank, tensor, tensor.device)
 
     def _leave(self, device: torch.device) -> _Done:
-        self._ranks.leave(self.rank, device)
+        self._meeting.leave(self.rank, device)
         return _Done()

@@ -97,10 +97,10 @@ def attach(root: nn.Module, recipe: Recipe, outer: dist.ProcessGroup | None, *, 
             continue
         known = getattr(module, _ATTACHED, None)
         if known is None:
-            known = _attach(module, Unit(layout, recipe, 0, hybrid=outer is not None, backend=backend), outer)
+            known = _attach(module, layout, Unit(layout, recipe, 0, hybrid=outer is not None, backend=backend), outer)
             for each in layout.modules:
                 setattr(each, _ATTACHED, known)
-        known.unit.layout.rename(layout.shards)
+        known.unit.layout.shards = layout.shards  # with the names that this root gives
         known.unit.number = len(units)
         units[where] = known
     parameters = [shard.name for each in units.values() for shard in each.unit.layout.shards]
@@ -123,24 +123,24 @@ def _check_rules(module: nn.Module, recipe: Recipe, names: list[str]) -> None:
     registered = module.register_forward_pre_hook(look)
 
 
-def _attach(module: Any, unit: Unit, outer: dist.ProcessGroup | None) -> Attached:
+def _attach(module: Any, layout: GroupLayout, unit: Unit, outer: dist.ProcessGroup | None) -> Attached:
     gather, scatter = WeightGather(unit), GradientScatter(unit)
-    if len(unit.layout.dtypes) > 1:
+    if len(layout.dtypes) > 1:
         raise ValueError(
-            f"the parameters of one FSDP module are gathered as {sorted(map(str, unit.layout.dtypes))}, expected one "
+            f"the parameters of one FSDP module are gathered as {sorted(map(str, layout.dtypes))}, expected one "
             "dtype; set mp_policy's param_dtype, or call fully_shard on submodules of one dtype each"
         )
     between = None
     if not unit.hybrid:
-        find_hosts(unit.transport(unit.layout.process_group))  # collective, so not in the middle of a backward pass
+        find_hosts(unit.transport(layout.process_group))  # collective, so not in the middle of a backward pass
     module.set_custom_all_gather(gather)
     module.set_custom_reduce_scatter(scatter)
     if outer is not None and dist.get_world_size(outer) > 1:
         between = BetweenHosts(unit, outer)
         module.set_all_reduce_hook(between)
-    for each in unit.layout.modules:
+    for each in layout.modules:
         each.register_load_state_dict_post_hook(lambda *_: gather.forget())
-        _watch(each, unit.layout)
+        _watch(each, layout)
     return Attached(unit, gather, scatter, between)
 
 
@@ -177,10 +177,11 @@ def _resolve(recipe: object, reshard: object, groups: list[dist.ProcessGroup], *
     """The recipe that all ranks agree on; the same error on every rank if they do not."""
     if recipe is None:
         recipe = "hybrid-shard" if hybrid else "sdp4bit" if reshard is False else "full-shard"
-    return agree_on_recipe(recipe, map(C10d, groups), partial(_check, reshard=reshard, hybrid=hybrid))
+    return agree_on_recipe(recipe, map(C10d, groups), partial(check_recipe, reshard=reshard, hybrid=hybrid))
 
 
-def _check(recipe: Recipe, reshard: object, *, hybrid: bool) -> None:
+def check_recipe(recipe: Recipe, reshard: object, *, hybrid: bool) -> None:
+    """ValueError for a recipe that sharded training cannot follow. reshard: torch's reshard_after_forward."""
     if recipe.schedule not in _SCHEDULES:
         raise ValueError(
             f"recipe {recipe.name!r} has schedule {recipe.schedule!r}, which is one of all-reduces; sharded training "

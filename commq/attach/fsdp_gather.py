@@ -17,7 +17,7 @@ from commq.codecs.reference import Coding
 from commq.collectives.plan import Plan
 from commq.collectives.schedule import Schedule
 from commq.collectives.sharded import ShardMessage, Strip, gather
-from commq.collectives.transport import C10d, Move
+from commq.collectives.transport import Move, Transport
 from commq.collectives.work import Work, launch
 from commq.feedback.tracker import Tracker
 
@@ -39,7 +39,7 @@ class WeightGather:
         self.tracker: Tracker | None = None
         self.saved: Tensor | None = None
         """Own row of a reference, restored before there was one."""
-        self._routes: dict[dist.ProcessGroup, tuple[list[Lane], Plan]] = {}
+        self._routes: dict[Transport, tuple[list[Lane], Plan]] = {}
 
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
         """FSDP copies its own shards into the own row of this buffer. Differences: it is the reference itself."""
@@ -75,7 +75,7 @@ class WeightGather:
         work = launch([schedule], [output_tensor], transport, async_op=async_op, touched=[input_tensor])
         return None if work is None else GatherWork(work)
 
-    def _schedule(self, out: Tensor, x: Tensor, transport: C10d) -> Schedule:
+    def _schedule(self, out: Tensor, x: Tensor, transport: Transport) -> Schedule:
         unit, memory, sent = self.unit, transport.memory, 0
         exchange = self._exchange(out, x, transport)
         while True:
@@ -89,10 +89,10 @@ class WeightGather:
             yield move
         unit.count(unit.weights, x.numel(), sent, row_bytes, transport, hops)
 
-    def _exchange(self, out: Tensor, x: Tensor, transport: C10d) -> Generator[Move, None, tuple[int, bool]]:
+    def _exchange(self, out: Tensor, x: Tensor, transport: Transport) -> Generator[Move, None, tuple[int, bool]]:
         """Returns the bytes of a row that travels to other hosts, too, and whether in two hops."""
         unit = self.unit
-        if unit.layout.is_secondary(transport.group):
+        if unit.is_secondary(transport):
             yield from _plain(out, x, transport)
             return 0, False
         if unit.recipe.weights is None:
@@ -113,7 +113,7 @@ class WeightGather:
                 lane.put(landing, rows)
         return plan.row_bytes, unit.hosts(transport) is not None
 
-    def _differences(self, tracker: Tracker, x: Tensor, transport: C10d) -> _Planned:
+    def _differences(self, tracker: Tracker, x: Tensor, transport: Transport) -> _Planned:
         """Bring the reference up to date. x: the own row's memory, which holds the new parameters."""
         rank = transport.rank
         if not tracker.known and not tracker.has_own:
@@ -142,7 +142,7 @@ class WeightGather:
         tracker.settle(rank)
         return plan
 
-    def _gather(self, plan: Plan, lanes: list[tuple[Lane, Tensor, Tensor, bool]], transport: C10d) -> Schedule:
+    def _gather(self, plan: Plan, lanes: list[tuple[Lane, Tensor, Tensor, bool]], transport: Transport) -> Schedule:
         unit = self.unit
         coding = unit.coding(weights=True)
         strips = [
@@ -152,12 +152,12 @@ class WeightGather:
         codec = implementation(unit.backend, strips[0].x.device, *plan.formats)
         yield from gather(ShardMessage(plan, strips, transport, codec, unit.hosts(transport)))
 
-    def _route(self, transport: C10d) -> tuple[list[Lane], Plan]:
-        if transport.group not in self._routes:
+    def _route(self, transport: Transport) -> tuple[list[Lane], Plan]:
+        if transport not in self._routes:
             layout = self.unit.layout
             (dtype,) = layout.dtypes
-            self._routes[transport.group] = weight_plan(self.unit.recipe, layout.shards, dtype, transport.world_size)
-        return self._routes[transport.group]
+            self._routes[transport] = weight_plan(self.unit.recipe, layout.shards, dtype, transport.world_size)
+        return self._routes[transport]
 
 
 class GatherWork(dist.Work):
@@ -174,6 +174,6 @@ class GatherWork(dist.Work):
         return self._work.is_completed()
 
 
-def _plain(out: Tensor, x: Tensor, transport: C10d) -> Schedule:
+def _plain(out: Tensor, x: Tensor, transport: Transport) -> Schedule:
     """The elements as they are, of any dtype."""
     yield transport.all_gather(x.view(torch.uint8), out.view(torch.uint8).view(transport.world_size, -1))

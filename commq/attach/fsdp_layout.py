@@ -138,14 +138,6 @@ class GroupLayout:
         policy = self._group.mp_policy.param_dtype
         return {policy or p.sharded_param.dtype for p in self._params}
 
-    def is_secondary(self, group: dist.ProcessGroup) -> bool:
-        """A gather among `group` starts from what reshard_after_forward=int left on fewer ranks."""
-        return group is not self.process_group
-
-    def rename(self, shards: tuple[Shard, ...]) -> None:
-        """Take over the names that another root module gives."""
-        self.shards = shards
-
     def watch(self) -> bool:
         """From now on remember which parameters get a gradient: a reduce-scatter has only those.
 

@@ -19,7 +19,7 @@ from commq.collectives.hosts import Hosts
 from commq.collectives.plan import Plan
 from commq.collectives.schedule import run
 from commq.collectives.sharded import ShardMessage, Strip, scatter
-from commq.collectives.transport import C10d
+from commq.collectives.transport import Transport
 from commq.feedback.residual import Residual, Segment, Stored
 from commq.feedback.rule import Feedback
 
@@ -98,7 +98,7 @@ class GradientScatter:
         unit.members = members
         unit.steps += 1
 
-    def _divisor(self, op: Any, transport: C10d) -> float:
+    def _divisor(self, op: Any, transport: Transport) -> float:
         """FSDP asks for a mean, for a sum times a factor of the user's, or for a sum that it divides itself."""
         if op == dist.ReduceOp.AVG:
             return float(transport.world_size)
@@ -109,10 +109,10 @@ class GradientScatter:
             raise RuntimeError(f"FSDP asks for {op}, expected AVG, SUM or PREMUL_SUM with a gradient divide factor")
         return factor
 
-    def _find_route(self, members: tuple[int, ...], x: Tensor, transport: C10d, hosts: Hosts | None) -> _Route:
+    def _find_route(self, members: tuple[int, ...], x: Tensor, transport: Transport, hosts: Hosts | None) -> _Route:
         unit, recipe, world_size = self.unit, self.unit.recipe, transport.world_size
         phase = unit.progress.at(unit.steps)
-        key = (members, x.dtype, phase, transport.group, hosts)
+        key = (members, x.dtype, phase, transport, hosts)
         if self._route is not None and self._route.key == key:
             return self._route
         lanes = gradient_lanes(recipe, unit.shards(members), phase, inside=unit.hybrid)

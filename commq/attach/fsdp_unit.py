@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
+import torch
 import torch.distributed as dist
 
-from commq.attach.fsdp_layout import GroupLayout, Shard
+from commq.attach.fsdp_layout import Shard
 from commq.codecs.reference import Coding
 from commq.collectives.hosts import HOSTS, Hosts, find_hosts
 from commq.collectives.sharded import leaving_bytes
-from commq.collectives.transport import C10d
+from commq.collectives.transport import C10d, Transport
 from commq.policy.phase import Progress
 from commq.recipe import Recipe
 
@@ -31,11 +34,47 @@ class Traffic:
         self.raw, self.sent, self.leaving = self.raw + raw, self.sent + sent, self.leaving + leaving
 
 
-class Unit:
-    """number: of the unit among those of the root module; units draw different random bits."""
+class Rows(Protocol):
+    """What travels together, as a unit's collectives see it. `GroupLayout` reads it from FSDP2."""
 
-    def __init__(self, layout: GroupLayout, recipe: Recipe, number: int, *, hybrid: bool, backend: str) -> None:
+    shards: tuple[Shard, ...]
+    world_size: int
+    process_group: dist.ProcessGroup
+
+    @property
+    def dtypes(self) -> set[torch.dtype]:
+        """Of what the all-gather sends."""
+
+    @property
+    def divide_factor(self) -> float | None:
+        """By what sums of gradients are divided; None: their number."""
+
+    @property
+    def all_reduces(self) -> bool:
+        """Reduced gradients are not kept back from the all-reduce between hosts."""
+
+    def reduced(self, row_numel: int) -> tuple[int, ...]:
+        """Numbers of the shards in a reduce-scatter whose rows have `row_numel` elements."""
+
+
+class Unit:
+    """number: of the unit among those of the root module; units draw different random bits.
+
+    connect: the transport of a group; each of the unit's groups has one.
+    """
+
+    def __init__(
+        self,
+        layout: Rows,
+        recipe: Recipe,
+        number: int,
+        *,
+        hybrid: bool,
+        backend: str,
+        connect: Callable[[dist.ProcessGroup], Transport] = C10d,
+    ) -> None:
         self.layout, self.recipe, self.number, self.backend = layout, recipe, number, backend
+        self._connect = connect
         self.hybrid = hybrid
         """Another all-reduce follows, between hosts: the shards' own exchanges are all inside."""
         self.steps = 0
@@ -44,14 +83,18 @@ class Unit:
         self.weights, self.gradients = Traffic(), Traffic()
         self.members: tuple[int, ...] | None = None
         """Shards in the reduce-scatter that an all-reduce between hosts is about to follow."""
-        self._transports: dict[dist.ProcessGroup, C10d] = {}
+        self._transports: dict[dist.ProcessGroup, Transport] = {}
 
-    def transport(self, group: dist.ProcessGroup) -> C10d:
+    def transport(self, group: dist.ProcessGroup) -> Transport:
         if group not in self._transports:
-            self._transports[group] = C10d(group)
+            self._transports[group] = self._connect(group)
         return self._transports[group]
 
-    def hosts(self, transport: C10d) -> Hosts | None:
+    def is_secondary(self, transport: Transport) -> bool:
+        """A gather by `transport` starts from what reshard_after_forward=int left on fewer ranks."""
+        return transport is not self.transport(self.layout.process_group)
+
+    def hosts(self, transport: Transport) -> Hosts | None:
         """The hosts to travel between in two hops; None: flat. The first call of a group is collective."""
         if self.hybrid or self.recipe.schedule not in ("two_hop", "auto"):
             return None
@@ -69,7 +112,9 @@ class Unit:
     def shards(self, members: tuple[int, ...]) -> list[Shard]:
         return [self.layout.shards[i] for i in members]
 
-    def count(self, traffic: Traffic, row_numel: int, sent: int, row_bytes: int, transport: C10d, hops: bool) -> None:
+    def count(
+        self, traffic: Traffic, row_numel: int, sent: int, row_bytes: int, transport: Transport, hops: bool
+    ) -> None:
         """Count an exchange of rows of `row_numel` elements, for which this rank sent `sent` bytes.
 
         row_bytes: of a row that travels to other hosts, too.
