@@ -70,7 +70,7 @@ def ddp_methods(recipes: list[str], world_size: int) -> Iterator[Method]:
     for text in recipes:
         recipe = read_recipe(text)
         yield Method(f"commq {text}", partial(_commq, recipe), str(recipe), measures_link=True)
-    for block in (128, 512):
+    for block in (128, 256, 512):
         detail = f"OneBitAdam, frozen, blocks of {block}"
         yield Method(f"commq onebit-adam/{block}", partial(_onebit_adam, block), detail, warm_up=6, measures_link=True)
     meets = "ZeroOneAdam, ranks meet in every fifth step"
