@@ -12,7 +12,7 @@ from commq.attach.bucket import make_bucket
 from commq.codecs.formats import get_format
 from commq.collectives.cost import Costs, choose, predict
 from commq.collectives.hosts import Hosts
-from commq.collectives.link import Curve, rising
+from commq.collectives.link import Curve, rising, time_call
 from commq.collectives.memory import memory_of
 from commq.collectives.plan import Source, make_plan, make_plans
 from commq.collectives.route import Route
@@ -163,6 +163,17 @@ def test_a_call_that_travels_plain_goes_straight_to_the_library_from_then_on():
             commq.all_reduce(x.clone(), op, format="int8", schedule="plain", answer_residual=torch.zeros(1))
     shortcuts = [value for key, value in memory.facts.items() if key[0] == "call"]
     assert [each.divisor for each in shortcuts] == [1, world_size]
+
+
+def test_what_needs_the_host_is_not_captured(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="a measurement cannot be captured in a CUDA graph: make the same call once"):
+        time_call(lambda: None, torch.device("cuda"))
+    time_call(lambda: None, torch.device("cpu"))
+    state = commq.HookState("int4", transport=Recorder())
+    with pytest.raises(RuntimeError, match="commq's hook of DDP cannot be captured .*two_shot"):
+        state._begin_step(torch.device("cuda"))
 
 
 @thread_ranks(2, 3)

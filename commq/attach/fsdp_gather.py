@@ -12,9 +12,10 @@ from torch import Tensor
 from commq.attach.fsdp_auto import gather_plain, pays
 from commq.attach.fsdp_lanes import Lane, empty
 from commq.attach.fsdp_plans import weight_plan
-from commq.attach.fsdp_unit import Unit
+from commq.attach.fsdp_unit import CAPTURE, Unit
 from commq.codecs.ops import implementation
 from commq.codecs.reference import Coding
+from commq.collectives.capture import refuse_capture
 from commq.collectives.plan import Plan, Source
 from commq.collectives.schedule import Schedule
 from commq.collectives.sharded import ShardMessage, Strip, gather
@@ -74,6 +75,7 @@ class WeightGather:
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
     ) -> dist.Work | None:
         transport = self.unit.transport(group)
+        refuse_capture("commq.fully_shard", CAPTURE, input_tensor.device)
         if self._is_plain(input_tensor, transport):
             # FSDP holds the output, even if it is a reference that nobody will refine.
             self.tracker = self.saved = None

@@ -13,9 +13,10 @@ from torch import Tensor
 from commq.attach.fsdp_auto import pays, scatter_plain
 from commq.attach.fsdp_lanes import Lane, empty, split
 from commq.attach.fsdp_plans import gradient_lanes, gradient_plan
-from commq.attach.fsdp_unit import Unit
+from commq.attach.fsdp_unit import CAPTURE, Unit
 from commq.codecs.ops import implementation
 from commq.codecs.reference import Coding
+from commq.collectives.capture import refuse_capture
 from commq.collectives.hosts import Hosts
 from commq.collectives.plan import Plan, Source
 from commq.collectives.schedule import run
@@ -65,6 +66,7 @@ class GradientScatter:
         async_op: bool = False,
     ) -> None:
         unit, transport = self.unit, self.unit.transport(group)
+        refuse_capture("commq.fully_shard", CAPTURE, input_tensor.device)
         numel = output_tensor.numel()
         members = unit.layout.reduced(numel)
         hosts = unit.hosts(transport)
