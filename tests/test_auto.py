@@ -172,7 +172,7 @@ def test_what_needs_the_host_is_not_captured(monkeypatch):
         time_call(lambda: None, torch.device("cuda"))
     time_call(lambda: None, torch.device("cpu"))
     state = commq.HookState("int4", transport=Recorder())
-    with pytest.raises(RuntimeError, match="commq's hook of DDP cannot be captured .*two_shot"):
+    with pytest.raises(RuntimeError, match=r"commq's hook of DDP cannot be captured .*two_shot"):
         state._begin_step(torch.device("cuda"))
 
 

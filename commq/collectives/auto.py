@@ -16,7 +16,7 @@ from torch import Tensor
 from commq.codecs.formats import get_format
 from commq.codecs.reference import Coding
 from commq.collectives import link
-from commq.collectives.cost import Costs, choose, predict
+from commq.collectives.cost import WORTH, Costs, choose, predict
 from commq.collectives.hosts import find_hosts
 from commq.collectives.message import Message, Operand, make_messages
 from commq.collectives.plain import plain
@@ -74,7 +74,7 @@ def pick(
                 name: _time(candidates[name], plans, tensors, coding, transport, transport, backend),
                 "plain": _time(plain, as_it_is, whole, Coding(), transport, transport, backend),
             }
-            name = min(times, key=lambda each: times[each])
+            name = name if times[name] * WORTH[1] < times["plain"] * WORTH[0] else "plain"
         facts[key] = name
     picked: str = facts[key]
     return picked
