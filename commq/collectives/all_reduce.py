@@ -20,6 +20,7 @@ from commq.collectives.decision import log_decision
 from commq.collectives.group import Group, transport_of
 from commq.collectives.hosts import find_hosts
 from commq.collectives.message import Operand, make_messages
+from commq.collectives.plain import is_narrow
 from commq.collectives.plan import Plan, Source, make_plans
 from commq.collectives.route import SCHEDULES, check_schedule, find_route, inside_format
 from commq.collectives.shortcut import add_shortcut, find_shortcut
@@ -93,7 +94,7 @@ def all_reduce(
         transport.memory.facts[key] = route
         if schedule == "auto":
             log_decision(transport, "all-reduces", route.name, fmt, sum(f.nbytes for f in sent))
-    if route.name == "plain" and call is not None:
+    if route.name == "plain" and call is not None and not is_narrow(sent[0].dtype, fmt, coding):
         add_shortcut(transport, call, sent[0], op)
     if seed or step:
         coding = replace(coding, seed=seed, step=step)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from commq.codecs.reference import load_residual, store_residual
+from commq.codecs.formats import Format
+from commq.codecs.reference import Coding, load_residual, store_residual
 from commq.collectives.message import Message, PartOperand
 from commq.collectives.schedule import Schedule
 
@@ -35,10 +36,13 @@ def plain(message: Message, *, narrows: bool = True) -> Schedule:
                 part.out.copy_(run)
 
 
+def is_narrow(dtype: torch.dtype, fmt: Format, coding: Coding) -> bool:
+    """Whether a tensor of `dtype` is summed as bfloat16. Not where random bits are asked for: codecs draw them."""
+    return dtype == torch.float32 and fmt.name == "bf16" and coding.rounding == "nearest"
+
+
 def _is_narrowed(part: PartOperand) -> bool:
-    """Random bits are drawn by codecs alone."""
-    nearest = part.coding.rounding == "nearest"
-    return nearest and part.x.dtype == torch.float32 and part.part.layout.format.name == "bf16"
+    return is_narrow(part.x.dtype, part.part.layout.format, part.coding)
 
 
 def _write(part: PartOperand) -> None:
