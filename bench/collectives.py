@@ -3,10 +3,11 @@
     python bench/collectives.py --hosts 4 --rates 1gbit --sizes 64M --dtype float32 --out results.json
     python bench/collectives.py --hosts 4 --rates 1gbit,10gbit,25gbit,unshaped --device cuda --out results.json
     python bench/collectives.py --hosts 4 --ranks-per-host 2 --methods two_hop --rates 10gbit --device cuda
-    python bench/collectives.py --hosts 1 --ranks-per-host 2 --rates unshaped --device cuda --ratios    # NVLink
+    torchrun --standalone --nproc-per-node 2 bench/collectives.py --worker --ranks-per-host 2 --device cuda --ratios
     python bench/plot_collectives.py results.json picture.png
 
 Builds the lab of launch/netlab.py (needs root) for each number of hosts and runs this file in it, one process a rank.
+Under torchrun, with --worker, it runs where it is: on the GPUs of one machine, with what joins them, or on a cluster.
 Each call is timed alone, after a barrier, on the slowest rank. A row has the median, fastest and slowest of --runs
 calls; the bytes that host 0's link really carried; the bound, which is the bytes it must send divided by its rate; and
 what commq's own cost model expected. "no communication" is the codecs alone.
@@ -47,6 +48,7 @@ from commq.collectives.schedule import Exchange  # noqa: E402
 from commq.collectives.two_shot import two_shot  # noqa: E402
 from lab import drive, gbit, link_bytes  # noqa: E402
 from model import all_reduce_bytes, gather_bytes, milliseconds  # noqa: E402
+from timing import environment  # noqa: E402
 
 SUM = dist.ReduceOp.SUM
 SCHEDULES = ("two_shot", "one_shot", "two_hop", "ring", "integer_sum", "one_bit")
@@ -265,7 +267,8 @@ def work(args: argparse.Namespace) -> None:
                 flush=True,
             )
     if dist.get_rank() == 0:
-        Path(args.out).write_text(json.dumps(rows))
+        found = rows if "NETLAB" in os.environ else {"environment": environment(args.device), "rows": rows}
+        Path(args.out).write_text(json.dumps(found, indent=1) + "\n")
     dist.destroy_process_group()
 
 
@@ -282,8 +285,8 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--ratios", action="store_true", help="only auto against the library, call for call")
     parser.add_argument("--out", default="out/collectives.json")
-    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--rate", help=argparse.SUPPRESS)
+    parser.add_argument("--worker", action="store_true", help="be a rank of what is there, without a lab")
+    parser.add_argument("--rate", default="unshaped", help=argparse.SUPPRESS)
     args = parser.parse_args()
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     if args.worker:

@@ -3,7 +3,7 @@
     python bench/step.py --device cuda --rates unshaped,10gbit,1gbit --out out/step.jsonl        # the table
     python bench/step.py --device cuda --methods "commq int4" --recipes "int4 int4:schedule=auto" --profile
     python bench/step.py --device cpu --model tiny --rates unshaped,100mbit                      # to try it out
-    python bench/step.py --hosts 1 --ranks-per-host 2 --rates unshaped --recipes int4:schedule=auto     # over NVLink
+    torchrun --standalone --nproc-per-node 2 bench/step.py --worker --ranks-per-host 2 --rates unshaped   # NVLink
     torchrun --nnodes 4 ... bench/step.py --worker --rates unshaped                              # on a real cluster
     python bench/plot_step.py out/step.jsonl picture.png
 

@@ -53,7 +53,7 @@ def all_reduce(
     in one exchange. answer: format of the second hop, if it is another one.
     schedule: one of SCHEDULES, or "auto": the one that should be the fastest by what this group's link and codecs were
     measured to do, plain where compression would lose. Measurements differ from job to job and so may the choice,
-    which decides the bits: name a schedule to repeat a run.
+    which decides the bits: name a schedule to repeat a run. The logger "commq" tells once what was chosen.
     inside: format between ranks of one host, in two_hop; by default int8 where `format` has fewer bits.
     step: a number that changes from call to call when rounding is stochastic.
     residual: error feedback of the first hop (classic), float32 or bfloat16, as many elements as the tensor; read and
@@ -63,6 +63,7 @@ def all_reduce(
     Error: with b_w the `error_bound` of rank w's tensor and b the bound of the reduced one,
     |result - exact| <= sum_w b_w + b (AVG: mean_w b_w + b), plus fp32 rounding of the sum; one_shot has no b.
     Of two_hop and ring: see there.
+    In a CUDA graph, after the same call was made once outside: step and seed are captured with it.
     Returns a Work if async_op, else None. Raises TypeError, ValueError before anything is sent.
     """
     call: Hashable = None
