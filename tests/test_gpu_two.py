@@ -246,7 +246,13 @@ def capture_collectives():
     """The replay of a collective has the bits of the call, with and without a residual."""
     generator = torch.Generator("cuda").manual_seed(dist.get_rank())
     inputs = [torch.randn(70_001, generator=generator, device="cuda") for _ in range(4)]
-    for schedule, name in (("two_shot", "int4"), ("two_shot", "int8"), ("one_shot", "int4"), ("plain", "bf16")):
+    for schedule, name in (
+        ("two_shot", "int4"),
+        ("two_shot", "int8"),
+        ("one_shot", "int4"),
+        ("plain", "bf16"),
+        ("plain", "int8"),
+    ):
         for feeds in (False, True) if name == "int4" else (False,):
 
             def outputs(captured, schedule=schedule, name=name, feeds=feeds):
