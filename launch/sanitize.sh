@@ -25,7 +25,7 @@ if [[ "${1:-}" == step ]]; then
     if [[ $(nvidia-smi -L | wc -l) -lt 2 ]]; then
       export NCCL_HOSTID=$rank NCCL_SOCKET_IFNAME=lo NCCL_IB_DISABLE=1
     fi
-    RANK=$rank LOCAL_RANK=$rank sanitize memcheck python bench/step.py --worker --device cuda --model tiny \
+    RANK=$rank LOCAL_RANK=$rank sanitize memcheck python3 bench/step.py --worker --device cuda --model tiny \
       --rates unshaped --ranks-per-host 2 --recipes "$recipe" --methods "commq $recipe" --out "$out" &
     ranks+=($!)
   done
@@ -35,5 +35,5 @@ if [[ "${1:-}" == step ]]; then
 fi
 
 for tool in memcheck racecheck; do
-  sanitize "$tool" python -m pytest -q -p no:cacheprovider "tests/test_codecs_same_bytes.py::test_native_on_cuda[${1:-0}]"
+  sanitize "$tool" python3 -m pytest -q -p no:cacheprovider "tests/test_codecs_same_bytes.py::test_native_on_cuda[${1:-0}]"
 done
