@@ -3,12 +3,18 @@
     python bench/collectives.py --hosts 4 --rates 1gbit --sizes 64M --dtype float32 --out results.json
     python bench/collectives.py --hosts 4 --rates 1gbit,10gbit,25gbit,unshaped --device cuda --out results.json
     python bench/collectives.py --hosts 4 --ranks-per-host 2 --methods two_hop --rates 10gbit --device cuda
+    torchrun --standalone --nproc-per-node 2 bench/collectives.py --worker --ranks-per-host 2 --device cuda --ratios
     python bench/plot_collectives.py results.json picture.png
 
 Builds the lab of launch/netlab.py (needs root) for each number of hosts and runs this file in it, one process a rank.
+Under torchrun, with --worker, it runs where it is: on the GPUs of one machine, with what joins them, or on a cluster.
 Each call is timed alone, after a barrier, on the slowest rank. A row has the median, fastest and slowest of --runs
 calls; the bytes that host 0's link really carried; the bound, which is the bytes it must send divided by its rate; and
 what commq's own cost model expected. "no communication" is the codecs alone.
+
+--ratios: only schedule auto against the library's all-reduce of the same tensor, in turn, as many calls between two
+barriers as make BATCH seconds, each with its own synchronisation, so that what a call takes of the host counts and what
+a barrier leaves behind does not. `ratio` is the median over pairs of auto / library.
 """
 
 from __future__ import annotations
@@ -42,10 +48,14 @@ from commq.collectives.schedule import Exchange  # noqa: E402
 from commq.collectives.two_shot import two_shot  # noqa: E402
 from lab import drive, gbit, link_bytes  # noqa: E402
 from model import all_reduce_bytes, gather_bytes, milliseconds  # noqa: E402
+from timing import environment  # noqa: E402
 
 SUM = dist.ReduceOp.SUM
 SCHEDULES = ("two_shot", "one_shot", "two_hop", "ring", "integer_sum", "one_bit")
 Call = Callable[[], object]
+BATCH = 0.01, 50
+"""Seconds of calls between two barriers with --ratios, and the most calls."""
+PAIRS = 15
 SHORT = 4 << 20
 """Bytes up to which five times as many runs are made: they cost little and vary most."""
 
@@ -86,6 +96,53 @@ class Worker:
                     "bound_ms": milliseconds(bound, self.gbit) if bound and self.gbit else None,
                     "expected_ms": expected,
                 }
+
+    def ratios(self) -> Iterator[dict[str, Any]]:
+        """Rows of --ratios; they have the keys of others, with the library's time beside auto's."""
+        for nbytes in map(_bytes, self.args.sizes.split(",")):
+            numel = nbytes // self.dtype.itemsize
+            x = torch.zeros(numel, dtype=self.dtype, device=self.device)
+            for name in self.args.formats.split(","):
+                calls = {
+                    "library": lambda x=x: dist.all_reduce(x),
+                    "auto": lambda x=x, name=name: commq.all_reduce(x, SUM, format=name),
+                }
+                for call in calls.values():
+                    self._batch(call, 2)
+                count = max(1, min(BATCH[1], int(BATCH[0] / self._batch(calls["library"], 3))))
+                times: dict[str, list[float]] = {which: [] for which in calls}
+                for pair in range(PAIRS):
+                    for which in sorted(calls, reverse=pair % 2 == 0):
+                        times[which].append(self._batch(calls[which], count) * 1e3)
+                yield {
+                    "rate": self.args.rate,
+                    "hosts": self.world_size // self.args.ranks_per_host,
+                    "ranks_per_host": self.args.ranks_per_host,
+                    "dtype": self.args.dtype,
+                    "numel": numel,
+                    "nbytes": nbytes,
+                    "method": "auto beside library",
+                    "format": name,
+                    "picked": self._picked(numel),
+                    "calls": count,
+                    "median_ms": statistics.median(times["auto"]),
+                    "library_ms": statistics.median(times["library"]),
+                    "fastest_ms": min(times["auto"]),
+                    "slowest_ms": max(times["auto"]),
+                    "ratio": statistics.median(a / b for a, b in zip(times["auto"], times["library"], strict=True)),
+                }
+
+    def _batch(self, call: Call, count: int) -> float:
+        """Seconds of a call, on the slowest rank."""
+        dist.barrier(self.clock)
+        start = time.perf_counter()
+        for _ in range(count):
+            call()
+            if self.device.type == "cuda":
+                torch.cuda.synchronize()
+        seconds = torch.tensor([(time.perf_counter() - start) / count], dtype=torch.float64)
+        dist.all_reduce(seconds, dist.ReduceOp.MAX, group=self.clock)
+        return float(seconds)
 
     def _calls(self, numel: int) -> Iterator[tuple[str, str, int, Call]]:
         """(method, format, bytes that a host must send, call); tensors are made when a method's turn comes."""
@@ -190,8 +247,16 @@ def work(args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
     rows = []
-    for row in Worker(args).rows():
+    worker = Worker(args)
+    for row in worker.ratios() if args.ratios else worker.rows():
         rows.append(row)
+        if args.ratios and dist.get_rank() == 0:
+            print(
+                f"{row['rate']:>9} {row['nbytes']:>10} {row['format']:>5} {row['picked']:>8} "
+                f"auto {row['median_ms']:9.4f} library {row['library_ms']:9.4f} ms, auto / library {row['ratio']:.3f}",
+                flush=True,
+            )
+            continue
         if dist.get_rank() == 0:
             bound = f"{100 * row['bound_ms'] / row['median_ms']:5.1f} %" if row["bound_ms"] else ""
             expected = f"{row['expected_ms']:9.2f}" if row["expected_ms"] else ""
@@ -202,7 +267,8 @@ def work(args: argparse.Namespace) -> None:
                 flush=True,
             )
     if dist.get_rank() == 0:
-        Path(args.out).write_text(json.dumps(rows))
+        found = rows if "NETLAB" in os.environ else {"environment": environment(args.device), "rows": rows}
+        Path(args.out).write_text(json.dumps(found, indent=1) + "\n")
     dist.destroy_process_group()
 
 
@@ -217,9 +283,10 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--ratios", action="store_true", help="only auto against the library, call for call")
     parser.add_argument("--out", default="out/collectives.json")
-    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--rate", help=argparse.SUPPRESS)
+    parser.add_argument("--worker", action="store_true", help="be a rank of what is there, without a lab")
+    parser.add_argument("--rate", default="unshaped", help=argparse.SUPPRESS)
     args = parser.parse_args()
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     if args.worker:

@@ -24,9 +24,10 @@ class GPT2Config:
 MODELS = {
     "gpt2": GPT2Config(layers=12, dim=768, heads=12),
     "gpt2-medium": GPT2Config(layers=24, dim=1024, heads=16),
+    "gpt2-1.3b": GPT2Config(layers=24, dim=2048, heads=16),
     "tiny": GPT2Config(layers=2, dim=64, heads=2, vocabulary=1009, context=64),
 }
-"""124 and 355 million parameters; tiny, 0.17 million, is for trying things out."""
+"""124, 355 and 1313 million parameters; tiny, 0.17 million, is for trying things out."""
 
 
 class Block(nn.Module):

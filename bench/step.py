@@ -3,6 +3,7 @@
     python bench/step.py --device cuda --rates unshaped,10gbit,1gbit --out out/step.jsonl        # the table
     python bench/step.py --device cuda --methods "commq int4" --recipes "int4 int4:schedule=auto" --profile
     python bench/step.py --device cpu --model tiny --rates unshaped,100mbit                      # to try it out
+    torchrun --standalone --nproc-per-node 2 bench/step.py --worker --ranks-per-host 2 --rates unshaped   # NVLink
     torchrun --nnodes 4 ... bench/step.py --worker --rates unshaped                              # on a real cluster
     python bench/plot_step.py out/step.jsonl picture.png
 
@@ -237,8 +238,9 @@ def main() -> None:
     add("--profile", action="store_true", help="count allocations and synchronizations, too (CUDA)")
     add("--budget", type=float, default=float("inf"), help="seconds after which no new row starts")
     add("--out", default="out/step.jsonl")
-    add("--worker", action="store_true", help=argparse.SUPPRESS)
+    add("--worker", action="store_true", help="be a rank of what is there, without a lab")
     args = parser.parse_args()
+    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     if args.worker:
         work(args)
         return
@@ -248,7 +250,6 @@ def main() -> None:
         except (OSError, ValueError) as error:
             parser.error(str(error))
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # removes the lab, too
-    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     sys.exit(drive(args))
 
 

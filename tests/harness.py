@@ -76,7 +76,10 @@ def thread_ranks(*world_sizes: int, timeout: float = 60.0) -> Callable[[Callable
 def process_ranks(
     *world_sizes: int, backend: str = "gloo", timeout: float = 60.0, share_gpu: bool = False
 ) -> Callable[[Callable], Callable]:
-    """With "nccl", skipped where there are fewer GPUs than ranks, unless the ranks may share one."""
+    """With "nccl", skipped where there are fewer GPUs than ranks, unless the ranks may share one.
+
+    Where there are enough, each rank has its own, and what joins them (NVLink) is used.
+    """
     run = partial(run_processes, backend=backend, timeout=timeout, share_gpu=share_gpu)
     decorate = _on_ranks(run, world_sizes)
     return (lambda fn: pytest.mark.gpu(decorate(fn))) if "nccl" in backend else decorate
@@ -207,7 +210,6 @@ def run_processes(
         arguments=pickle.dumps((args, dict(kwargs or {}))),
         world_size=world_size,
         backend=backend,
-        share_gpu=share_gpu,
         timeout=timeout,
         port=store.port,
         environ=dict(os.environ),

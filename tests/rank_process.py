@@ -34,7 +34,6 @@ class Job:
     """Pickled (args, kwargs): plain pickle copies tensors, where multiprocessing would share their memory."""
     world_size: int
     backend: str
-    share_gpu: bool
     timeout: float
     port: int
     """Of the parent's TCPStore."""
@@ -88,7 +87,7 @@ def _init_process(rank: int, job: Job) -> None:
     os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
     if "nccl" in job.backend:
         torch.cuda.set_device(rank % torch.cuda.device_count())
-        if job.share_gpu:  # NCCL refuses this unless the ranks seem to be on different hosts
+        if torch.cuda.device_count() < job.world_size:  # NCCL shares one only between what seem to be hosts
             os.environ.update(NCCL_HOSTID=str(rank), NCCL_SOCKET_IFNAME=loopback, NCCL_IB_DISABLE="1")
     store, timeout = dist.TCPStore("127.0.0.1", job.port), timedelta(seconds=job.timeout)
     dist.init_process_group(job.backend, store=store, rank=rank, world_size=job.world_size, timeout=timeout)

@@ -12,7 +12,7 @@ from commq.attach.bucket import make_bucket
 from commq.codecs.formats import get_format
 from commq.collectives.cost import Costs, choose, predict
 from commq.collectives.hosts import Hosts
-from commq.collectives.link import Curve, rising
+from commq.collectives.link import Curve, rising, time_call
 from commq.collectives.memory import memory_of
 from commq.collectives.plan import Source, make_plan, make_plans
 from commq.collectives.route import Route
@@ -97,6 +97,8 @@ def test_all_ranks_measure_and_choose_alike(world_size):
     for rows in zip(*results, strict=True):
         assert all(torch.equal(row, rows[0]) for row in rows)
     picked = {value for key, value in facts[0].items() if key[0] == "picked"}
+    told = {key[2]: value for key, value in facts[0].items() if key[0] == "told"}
+    assert told and set(told.values()) <= picked and all((value == "plain") == plain for plain, value in told.items())
     assert picked <= {"plain", "one_shot", "two_shot"}
 
 
@@ -133,6 +135,60 @@ def test_a_bucket_of_ddp_is_laid_out_once_and_measured_without_its_residual(reci
 
 def plans(bucket):
     return make_plans(bucket.sources, world_size=2, piece_bytes=4 << 20)
+
+
+@thread_ranks(2, 3)
+def test_a_call_that_travels_plain_goes_straight_to_the_library_from_then_on():
+    """The same bits and bytes as the first call, whatever the step; other calls are not taken for it."""
+    memory, world_size = memory_of(dist.group.WORLD), dist.get_world_size()
+    for op, divisor in ((dist.ReduceOp.SUM, 1), (dist.ReduceOp.AVG, world_size)):
+        x = torch.randn(1000, generator=rank_generator(1))
+        exact = x.clone()
+        dist.all_reduce(exact)
+        exact.div_(divisor)
+        sent = []
+        for step in range(3):
+            y, before = x.clone(), memory.sent_bytes
+            assert commq.all_reduce(y, op, format="int8", schedule="plain", step=step, seed=step) is None
+            sent.append(memory.sent_bytes - before)
+            assert torch.equal(y, exact)
+        assert len(set(sent)) == 1 and sent[0] > 0
+        y = x.view(40, 25).clone().t()
+        commq.all_reduce(y, op, format="int8", schedule="plain")
+        assert torch.equal(y.t().reshape(-1), exact), "it is not contiguous, and copied"
+        coded = x.clone()
+        commq.all_reduce(coded, op, format="int8", schedule="two_shot")
+        assert not torch.equal(coded, exact)
+        with pytest.raises(ValueError, match="answer_residual"):
+            commq.all_reduce(x.clone(), op, format="int8", schedule="plain", answer_residual=torch.zeros(1))
+    shortcuts = [value for key, value in memory.facts.items() if key[0] == "call"]
+    assert [each.divisor for each in shortcuts] == [1, world_size]
+
+
+def test_what_needs_the_host_is_not_captured(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="a measurement cannot be captured in a CUDA graph: make the same call once"):
+        time_call(lambda: None, torch.device("cuda"))
+    time_call(lambda: None, torch.device("cpu"))
+    state = commq.HookState("int4", transport=Recorder())
+    with pytest.raises(RuntimeError, match=r"commq's hook of DDP cannot be captured .*two_shot"):
+        state._begin_step(torch.device("cuda"))
+
+
+@thread_ranks(2, 3)
+def test_plain_sums_in_the_format_that_is_asked_for():
+    x = torch.randn(1003, generator=rank_generator(4))
+    own = x.bfloat16()
+    dist.all_reduce(own)
+    exact = x.clone()
+    dist.all_reduce(exact)
+    for _ in range(3):
+        found, kept = x.clone(), x.clone()
+        commq.all_reduce(found, dist.ReduceOp.AVG, format="bf16", schedule="plain")
+        assert torch.equal(found, torch.div(own, dist.get_world_size()).float())
+        commq.all_reduce(kept, format="fp32", schedule="plain")
+        assert torch.equal(kept, exact)
 
 
 @thread_ranks(2)

@@ -184,7 +184,8 @@ def test_auto_switches_compression_off_where_it_loses_and_says_so_once():
     results = run_processes(train_auto, 2, args=(False,))
     for routes, _, errors, stats in results:
         assert set(routes.values()) == {"plain"}
-        assert max(errors) < 1e-6 and stats.residual_norm == 0 and stats.ratio == 1
+        # Sums of two equal bfloat16 are exact: gradients are rounded once, and half the bytes of fp32 travel.
+        assert 0 < max(errors) <= 2.0**-9 and stats.residual_norm == 0 and stats.ratio == 0.5
     ((level, message),) = results[0][1]
     assert level == "WARNING" and "plain for" in message and "of 1064960 bytes: " in message
     assert results[1][1] == []

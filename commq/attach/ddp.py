@@ -29,6 +29,7 @@ from commq.attach.check import check_replicas
 from commq.attach.dcp import pack_state, read_state
 from commq.attach.flight import Flight
 from commq.attach.layouts import Known, Layouts
+from commq.collectives.capture import refuse_capture
 from commq.collectives.plan import raw_bytes
 from commq.collectives.transport import C10d, Transport, check_equal
 from commq.feedback.residual import Residual
@@ -261,6 +262,12 @@ class HookState:
         self._sent_bytes += self.transport.memory.sent_bytes - sent_before
 
     def _begin_step(self, device: torch.device) -> None:
+        refuse_capture(
+            "commq's hook of DDP",
+            "its step, phases and checks live on the host, and a replay would not move them; capture the step without "
+            "DDP, with commq.all_reduce(..., schedule='two_shot', residual=...) on the gradients",
+            device,
+        )
         self.progress.at(self.step)
         if self.grad_scaler is not None and self.grad_scaler.is_enabled():
             self.set_loss_scale(self.grad_scaler.get_scale())

@@ -9,12 +9,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from commq.attach.fsdp_auto import gather_plain, pays
 from commq.attach.fsdp_lanes import Lane, empty
 from commq.attach.fsdp_plans import weight_plan
-from commq.attach.fsdp_unit import Unit
+from commq.attach.fsdp_unit import CAPTURE, Unit
 from commq.codecs.ops import implementation
 from commq.codecs.reference import Coding
-from commq.collectives.plan import Plan
+from commq.collectives.capture import refuse_capture
+from commq.collectives.plan import Plan, Source
 from commq.collectives.schedule import Schedule
 from commq.collectives.sharded import ShardMessage, Strip, gather
 from commq.collectives.transport import Move, Transport
@@ -40,12 +42,14 @@ class WeightGather:
         self.saved: Tensor | None = None
         """Own row of a reference, restored before there was one."""
         self._routes: dict[Transport, tuple[list[Lane], Plan]] = {}
+        self._plain: dict[Transport, bool] = {}
 
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
         """FSDP copies its own shards into the own row of this buffer. Differences: it is the reference itself."""
         layout = self.unit.layout
         row_numel = sum(shard.numel for shard in layout.shards)
-        if not self.unit.recipe.weights_difference or size[0] != layout.world_size * row_numel:
+        plain = any(self._plain.values())
+        if plain or not self.unit.recipe.weights_difference or size[0] != layout.world_size * row_numel:
             return torch.empty(*size, dtype=dtype, device=device)
         if self.tracker is None or self.tracker.rows.dtype != dtype:
             self.tracker = Tracker(layout.world_size, row_numel, dtype, device)
@@ -71,6 +75,16 @@ class WeightGather:
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
     ) -> dist.Work | None:
         transport = self.unit.transport(group)
+        refuse_capture("commq.fully_shard", CAPTURE, input_tensor.device)
+        if self._is_plain(input_tensor, transport):
+            # FSDP holds the output, even if it is a reference that nobody will refine.
+            self.tracker = self.saved = None
+            before = transport.memory.sent_bytes
+            started = gather_plain(transport, output_tensor, input_tensor, async_op=async_op)
+            row_bytes = 0 if self.unit.is_secondary(transport) else input_tensor.nbytes
+            sent = transport.memory.sent_bytes - before
+            self.unit.count(self.unit.weights, input_tensor.numel(), sent, row_bytes, transport, False)
+            return started
         schedule = self._schedule(output_tensor, input_tensor, transport)
         work = launch([schedule], [output_tensor], transport, async_op=async_op, touched=[input_tensor])
         return None if work is None else GatherWork(work)
@@ -151,6 +165,29 @@ class WeightGather:
         ]
         codec = implementation(unit.backend, strips[0].x.device, *plan.formats)
         yield from gather(ShardMessage(plan, strips, transport, codec, unit.hosts(transport)))
+
+    def _is_plain(self, x: Tensor, transport: Transport) -> bool:
+        """Whether schedule auto leaves this gather to FSDP2's own collective. The first call in a group measures."""
+        unit = self.unit
+        if unit.recipe.schedule != "auto" or unit.hybrid:
+            return False
+        if unit.recipe.weights is None or unit.is_secondary(transport):
+            return True
+        if transport not in self._plain:
+            lanes, plan = self._route(transport)
+            pair = next(
+                (pair for pair in zip(lanes, plan.parts, strict=True) if pair[1].layout.format.kind != "raw"), None
+            )
+            self._plain[transport] = pair is None or not pays(
+                gather,
+                Source(transport.world_size * x.numel(), x.dtype, pair[0].format, pair[0].format, pair[0].unit),
+                unit.coding(weights=True),
+                transport,
+                hosts=unit.hosts(transport),
+                device=x.device,
+                backend=unit.backend,
+            )
+        return self._plain[transport]
 
     def _route(self, transport: Transport) -> tuple[list[Lane], Plan]:
         if transport not in self._routes:

@@ -10,13 +10,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from commq.attach.fsdp_auto import pays, scatter_plain
 from commq.attach.fsdp_lanes import Lane, empty, split
 from commq.attach.fsdp_plans import gradient_lanes, gradient_plan
-from commq.attach.fsdp_unit import Unit
+from commq.attach.fsdp_unit import CAPTURE, Unit
 from commq.codecs.ops import implementation
 from commq.codecs.reference import Coding
+from commq.collectives.capture import refuse_capture
 from commq.collectives.hosts import Hosts
-from commq.collectives.plan import Plan
+from commq.collectives.plan import Plan, Source
 from commq.collectives.schedule import run
 from commq.collectives.sharded import ShardMessage, Strip, scatter
 from commq.collectives.transport import Transport
@@ -31,6 +33,8 @@ class _Route:
     key: tuple[Any, ...]
     lanes: list[Lane]
     plan: Plan
+    plain: bool
+    """Schedule auto leaves it to FSDP2's own collective."""
     residuals: list[Stored | None]
     second: list[Stored | None]
 
@@ -62,10 +66,16 @@ class GradientScatter:
         async_op: bool = False,
     ) -> None:
         unit, transport = self.unit, self.unit.transport(group)
+        refuse_capture("commq.fully_shard", CAPTURE, input_tensor.device)
         numel = output_tensor.numel()
         members = unit.layout.reduced(numel)
         hosts = unit.hosts(transport)
         route = self._find_route(members, input_tensor, transport, hosts)
+        if route.plain:
+            before = transport.memory.sent_bytes
+            scatter_plain(transport, output_tensor, input_tensor, op)
+            self._count(members, numel, transport.memory.sent_bytes - before, output_tensor.nbytes, transport, None)
+            return
         if unit.recipe.feedback.resets(unit.steps):
             self.residual.zero_()
         coding, before = unit.coding(weights=False), transport.memory.sent_bytes
@@ -94,7 +104,19 @@ class GradientScatter:
             if lost is not None:
                 lane.clear_gaps(lost.values)
         sent = transport.memory.sent_bytes - before
-        unit.count(unit.gradients, numel, sent, route.plan.row_bytes, transport, hosts is not None)
+        self._count(members, numel, sent, route.plan.row_bytes, transport, hosts)
+
+    def _count(
+        self,
+        members: tuple[int, ...],
+        numel: int,
+        sent: int,
+        row_bytes: int,
+        transport: Transport,
+        hosts: Hosts | None,
+    ) -> None:
+        unit = self.unit
+        unit.count(unit.gradients, numel, sent, row_bytes, transport, hosts is not None)
         unit.members = members
         unit.steps += 1
 
@@ -117,11 +139,13 @@ class GradientScatter:
             return self._route
         lanes = gradient_lanes(recipe, unit.shards(members), phase, inside=unit.hybrid)
         plan = gradient_plan(recipe, lanes, x.dtype, world_size, hops=hosts is not None)
-        coded = [part.layout.format.kind != "raw" for part in plan.parts]
+        plain = self._is_plain(lanes, plan, x, transport, hosts)
+        coded = [part.layout.format.kind != "raw" and not plain for part in plan.parts]
         self._route = _Route(
             key,
             lanes,
             plan,
+            plain,
             [self._bind(self.residual, lane, world_size, x, on) for lane, on in zip(lanes, coded, strict=True)],
             [
                 self._bind(self.second_residual, lane, hosts.count if hosts else 0, x, on and hosts is not None)
@@ -129,6 +153,26 @@ class GradientScatter:
             ],
         )
         return self._route
+
+    def _is_plain(self, lanes: list[Lane], plan: Plan, x: Tensor, transport: Transport, hosts: Hosts | None) -> bool:
+        unit = self.unit
+        if unit.recipe.schedule != "auto" or unit.hybrid:
+            return False
+        coded = [i for i, part in enumerate(plan.parts) if part.layout.format.kind != "raw"]
+        if not coded:
+            return True
+        part = plan.parts[coded[0]]
+        inside = part.inside.format if hosts else None
+        lane = lanes[coded[0]]
+        return not pays(
+            scatter,
+            Source(x.numel(), x.dtype, lane.format, lane.format, lane.unit, inside),
+            unit.coding(weights=False),
+            transport,
+            hosts=hosts,
+            device=x.device,
+            backend=unit.backend,
+        )
 
     def _bind(self, residual: Residual, lane: Lane, rows: int, x: Tensor, coded: bool) -> Stored | None:
         """The residual of a lane of `rows` rows; each shard's is known by its parameter and row.

@@ -18,6 +18,8 @@ from commq.policy.phase import Progress
 from commq.recipe import Recipe
 
 _UNITS = 1 << 16
+CAPTURE = "its step and phases live on the host, and a replay would not move them; run the step eagerly or compiled"
+"""Why not in a CUDA graph."""
 
 
 @dataclass

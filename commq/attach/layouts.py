@@ -108,8 +108,9 @@ class Layouts:
             unbound = Residual(self.recipe.feedback, self.recipe.format.block)
             trial = self._bucket(members, torch.empty_like(buffer, device="meta"), unbound)
             schedule = self._route("auto", trial, buffer.device).name
-            if schedule == "plain":  # it travels as it stands: nothing to sort, and no residual
-                raw = get_format(RAW[buffer.dtype])
+            if schedule == "plain":
+                # It travels as it stands, float32 as bfloat16: nothing to sort, and no residual.
+                raw = get_format("bf16" if buffer.dtype == torch.float32 else RAW[buffer.dtype])
                 members = [
                     replace(m, format=raw, answer=raw, numel=p.numel(), live=None)
                     for m, p in zip(members, parameters, strict=True)
@@ -156,7 +157,7 @@ class Layouts:
         if "plain" in routes:
             _log.warning(
                 "commq: schedule auto chose %s: by measurement, compression with %s would be slower than the plain "
-                "all-reduce there, so these buckets travel uncompressed",
+                "all-reduce there, so these buckets travel uncompressed, float32 as bfloat16",
                 chosen,
                 self.recipe.format,
             )
@@ -176,7 +177,15 @@ class Layouts:
     def _route(self, name: str, bucket: Bucket, device: torch.device) -> Route:
         if not bucket.sources:  # no elements
             name = "two_shot"
-        return find_route(name, bucket.sources, self._coding(), self.transport, device=device, backend=self.backend)
+        return find_route(
+            name,
+            bucket.sources,
+            self._coding(),
+            self.transport,
+            device=device,
+            backend=self.backend,
+            narrow=all(source.dtype == torch.float32 for source in bucket.sources),
+        )
 
     def _coding(self) -> Coding:
         return Coding(rounding=self.recipe.rounding, rotation=self.recipe.rotation, seed=self.recipe.seed)

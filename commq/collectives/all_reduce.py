@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import Literal
@@ -16,11 +16,14 @@ from commq.codecs.ops import check_coding
 from commq.codecs.reference import Coding
 from commq.codecs.rotation import Rotation
 from commq.collectives.arguments import PIECE_BYTES, check_residual, check_tensor, resolve
+from commq.collectives.decision import log_decision
 from commq.collectives.group import Group, transport_of
 from commq.collectives.hosts import find_hosts
 from commq.collectives.message import Operand, make_messages
+from commq.collectives.plain import is_narrow
 from commq.collectives.plan import Plan, Source, make_plans
 from commq.collectives.route import SCHEDULES, check_schedule, find_route, inside_format
+from commq.collectives.shortcut import add_shortcut, find_shortcut
 from commq.collectives.work import Work, launch
 
 __all__ = ["SCHEDULES", "all_reduce", "answer_residual_numel"]
@@ -50,7 +53,7 @@ def all_reduce(
     in one exchange. answer: format of the second hop, if it is another one.
     schedule: one of SCHEDULES, or "auto": the one that should be the fastest by what this group's link and codecs were
     measured to do, plain where compression would lose. Measurements differ from job to job and so may the choice,
-    which decides the bits: name a schedule to repeat a run.
+    which decides the bits: name a schedule to repeat a run. The logger "commq" tells once what was chosen.
     inside: format between ranks of one host, in two_hop; by default int8 where `format` has fewer bits.
     step: a number that changes from call to call when rounding is stochastic.
     residual: error feedback of the first hop (classic), float32 or bfloat16, as many elements as the tensor; read and
@@ -60,8 +63,17 @@ def all_reduce(
     Error: with b_w the `error_bound` of rank w's tensor and b the bound of the reduced one,
     |result - exact| <= sum_w b_w + b (AVG: mean_w b_w + b), plus fp32 rounding of the sum; one_shot has no b.
     Of two_hop and ring: see there.
+    In a CUDA graph, after the same call was made once outside: step and seed are captured with it.
     Returns a Work if async_op, else None. Raises TypeError, ValueError before anything is sent.
     """
+    call: Hashable = None
+    if type(tensor) is Tensor and residual is answer_residual is None and not async_op:
+        about = tensor.numel(), tensor.dtype, tensor.device, op
+        call = "call", about, format, answer, inside, schedule, rounding, rotation, backend
+        shortcut = find_shortcut(group, call)
+        if shortcut is not None and tensor.is_contiguous():
+            shortcut.run(tensor, group)  # type: ignore[arg-type]  # only process groups have any
+            return None
     tensors = [tensor] if isinstance(tensor, Tensor) else list(tensor)
     feeds = residual is not None, answer_residual is not None
     fmt, second, within, coding = _resolve(format, answer, inside, schedule, rounding, rotation, *feeds)
@@ -81,17 +93,10 @@ def all_reduce(
         sources = _sources(sent, fmt, second, coding, within)
         route = find_route(schedule, sources, coding, transport, device=sent[0].device, backend=backend)
         transport.memory.facts[key] = route
-    if (
-        route.name == "plain"
-        and not async_op
-        and residual is None
-        and isinstance(tensor, Tensor)
-        and tensor.is_contiguous()
-    ):
-        transport.all_reduce(flats[0], dist.ReduceOp.SUM).wait()  # as the schedule does, without its bookkeeping
-        if op == dist.ReduceOp.AVG:
-            flats[0].div_(transport.world_size)
-        return None
+        if schedule == "auto":
+            log_decision(transport, "all-reduces", route.name, fmt, sum(f.nbytes for f in sent))
+    if route.name == "plain" and call is not None and not is_narrow(sent[0].dtype, fmt, coding):
+        add_shortcut(transport, call, sent[0], op)
     if seed or step:
         coding = replace(coding, seed=seed, step=step)
     operands = [Operand(flat, flat, coding, residual_N=residual, answer_residual=answer_residual) for flat in sent]

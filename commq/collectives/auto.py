@@ -13,9 +13,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from commq.codecs.formats import get_format
 from commq.codecs.reference import Coding
 from commq.collectives import link
-from commq.collectives.cost import Costs, choose, predict
+from commq.collectives.cost import WORTH, Costs, choose, predict
 from commq.collectives.hosts import find_hosts
 from commq.collectives.message import Message, Operand, make_messages
 from commq.collectives.plain import plain
@@ -39,31 +40,41 @@ def pick(
     device: torch.device,
     backend: str,
     piece_bytes: int,
+    narrow: bool = False,
 ) -> str:
     """The name of the candidate, or "plain", that a message should travel by. The same on all ranks.
 
+    narrow: all tensors are float32, and would be summed as bfloat16 if they travelled plain.
     The first call of a group for formats, dtype and device measures; it takes as long as some exchanges of 4 MiB.
     """
     coding = replace(coding, seed=0, step=0)
-    key = ("picked", sources, coding, device, backend, *candidates)
+    key = ("picked", sources, coding, device, backend, narrow, *candidates)
     facts = transport.memory.facts
     if key not in facts:
         costs = find_costs(
-            candidates, sources[0], coding, transport, device=device, backend=backend, piece_bytes=piece_bytes
+            candidates,
+            sources[0],
+            coding,
+            transport,
+            device=device,
+            backend=backend,
+            piece_bytes=piece_bytes,
+            narrow=narrow,
         )
         name = choose(plans, costs)
         if name != "plain" and predict("plain", plans, costs) < TRIED:
-            contestants = {
-                name: (candidates[name], plans),
-                "plain": (plain, (make_plan(sources, world_size=transport.world_size),)),
-            }
             generator = torch.Generator(device).manual_seed(0)
             tensors = [torch.randn(s.numel, generator=generator, device=device).to(s.dtype) for s in sources]
+            whole, alike = tensors, sources
+            if narrow:
+                whole = [torch.cat(tensors)]
+                alike = (Source(whole[0].numel(), torch.float32, get_format("bf16"), get_format("bf16")),)
+            as_it_is = (make_plan(alike, world_size=transport.world_size),)
             times = {
-                each: _time(build, pieces, tensors, coding, transport, transport, backend)
-                for each, (build, pieces) in contestants.items()
+                name: _time(candidates[name], plans, tensors, coding, transport, transport, backend),
+                "plain": _time(plain, as_it_is, whole, Coding(), transport, transport, backend),
             }
-            name = min(times, key=lambda each: times[each])
+            name = name if times[name] * WORTH[1] < times["plain"] * WORTH[0] else "plain"
         facts[key] = name
     picked: str = facts[key]
     return picked
@@ -96,18 +107,20 @@ def find_costs(
     device: torch.device,
     backend: str,
     piece_bytes: int,
+    narrow: bool = False,
 ) -> Costs:
     """The costs of messages of `source`'s kind: from the group's memory, else measured, which all ranks do together."""
     hosts = find_hosts(transport)
     ways = ("all", "inside", "between") if "two_hop" in candidates else ("all",)
     return Costs(
         moves={among: link.moves(transport, device, among, hosts) for among in ways},
-        sums=link.sums(transport, source.dtype, device),
+        sums=link.sums(transport, torch.bfloat16 if narrow else source.dtype, device),
         codecs={
             name: _codecs(name, build, source, coding, transport, device, backend, piece_bytes)
             for name, build in candidates.items()
         },
         hosts=hosts,
+        narrow=narrow,
     )
 
 

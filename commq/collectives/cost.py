@@ -30,12 +30,14 @@ class Costs:
     """Of each schedule that may be chosen: all but its moves, by the bytes of the tensor."""
     hosts: Hosts | None = None
     """Where ranks stand; for two_hop."""
+    narrow: bool = False
+    """Plain means that float32 is summed as bfloat16; `sums` are those of bfloat16."""
 
 
 def predict(schedule: str, plans: Sequence[Plan], costs: Costs) -> int:
     """Nanoseconds that a message will take."""
     if schedule == "plain":
-        return costs.sums.nanoseconds(sum(plan.nbytes for plan in plans))
+        return costs.sums.nanoseconds(sum(plan.nbytes for plan in plans) // (2 if costs.narrow else 1))
     pieces = [_hops(schedule, plan, costs.hosts) for plan in plans]
     first = sum(costs.moves[among].nanoseconds(nbytes) for among, nbytes in pieces[0])
     codecs = [costs.codecs[schedule].nanoseconds(plan.nbytes) for plan in plans]

@@ -80,7 +80,7 @@ def integer_sum(message: Message, table: Table | None = None) -> Schedule:
     for share, sums_V in zip(shares, sums, strict=True):
         share.decode(sums_V, message.divisor)
     if untouched:
-        yield from plain(replace(message, plan=replace(message.plan, parts=tuple(untouched))))
+        yield from plain(replace(message, plan=replace(message.plan, parts=tuple(untouched))), narrows=False)
 
 
 def _all_reduce(

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
+from commq.collectives.capture import refuse_capture
 from commq.collectives.hosts import Hosts
 
 if TYPE_CHECKING:
@@ -113,6 +114,7 @@ def _measure(transport: Transport, device: torch.device, build: Callable[[int], 
 
 def time_call(call: Callable[[], None], device: torch.device) -> int:
     """Nanoseconds of a call on this rank: the fastest of RUNS after one that is not counted."""
+    refuse_capture("a measurement", "make the same call once before the capture", device)
     times = []
     for _ in range(RUNS + 1):
         synchronize(device)

@@ -54,6 +54,11 @@ class Memory:
 _memories: WeakKeyDictionary[Any, Memory] = WeakKeyDictionary()
 
 
+def known_memory(group: object) -> Memory | None:
+    """The memory of a process group or communicator that has one; nothing is made."""
+    return None if group is None else _memories.get(group)
+
+
 def memory_of(group: object) -> Memory:
     """The memory of a process group or communicator."""
     memory = _memories.get(group)

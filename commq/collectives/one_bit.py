@@ -60,7 +60,7 @@ def one_bit(message: Message) -> Schedule:
     parts = [part for part in message.parts if _encodes(part)]
     raw = tuple(part.part for part in message.parts if part.part.layout.format.kind == "raw")
     if raw:
-        yield from plain(replace(message, plan=replace(message.plan, parts=raw)))
+        yield from plain(replace(message, plan=replace(message.plan, parts=raw)), narrows=False)
     if not parts:
         return
     rings, nbytes = [], 0

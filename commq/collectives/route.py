@@ -86,15 +86,27 @@ def find_route(
     *,
     device: torch.device,
     backend: str = "auto",
+    narrow: bool = False,
 ) -> Route:
-    """The route of a message by the schedule `name`; by measurement if that is "auto". The same on all ranks."""
+    """The route of a message by the schedule `name`; by measurement if that is "auto". The same on all ranks.
+
+    narrow: as `pick`'s.
+    """
     piece_bytes = PIECE_BYTES[device.type]
     plans = make_plans(sources, world_size=transport.world_size, piece_bytes=piece_bytes)
     if name == "auto":
         names = AUTO if find_hosts(transport).has_two_levels else AUTO[:-1]
         candidates = {n: SCHEDULES[n] for n in names}
         name = pick(
-            candidates, sources, plans, coding, transport, device=device, backend=backend, piece_bytes=piece_bytes
+            candidates,
+            sources,
+            plans,
+            coding,
+            transport,
+            device=device,
+            backend=backend,
+            piece_bytes=piece_bytes,
+            narrow=narrow,
         )
     if name == "plain":
         plans = (make_plan(sources, world_size=transport.world_size),)

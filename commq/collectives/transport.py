@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch.distributed as dist
 from torch import Tensor
 
+from commq.collectives.capture import refuse_capture
 from commq.collectives.lost import name_lost_ranks
 from commq.collectives.memory import Memory, memory_of
 from commq.collectives.plan import ring_bytes
@@ -136,6 +137,7 @@ class C10d:
         return self._start("recv", _irecv, buffer, group_src=src)
 
     def share(self, value: Any) -> list[Any]:
+        refuse_capture("what the ranks of a group agree on", "make the same call once before the capture")
         values: list[Any] = [None] * self.world_size
         try:
             dist.all_gather_object(values, value, group=self.group)
