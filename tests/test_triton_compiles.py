@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from codec_cases import SPIKES, SWEEP, Case, run_case
+from commq.codecs.tiles import TileLayout
 
 pytest.importorskip("triton", reason="triton is not installed; pip install triton")
 
@@ -61,3 +62,14 @@ def test_every_kind_of_format_compiles(number, compiling):
 def test_kept_values_compile(number, compiling):
     """One of each scale."""
     run_case(Case(number, SPIKES), compiling, "cpu", fuzz=False)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16))
+@pytest.mark.parametrize("numel", (1000, 1 << 21))
+def test_tiles_compile(numel, dtype, compiling):
+    from commq.codecs import triton_pivots
+
+    layout = TileLayout(numel)
+    wire, x = torch.empty(layout.nbytes, dtype=torch.uint8), torch.zeros(numel, dtype=dtype)
+    triton_pivots.encode_tiles(x, wire, layout)
+    triton_pivots.decode_tiles(wire, layout, x)

@@ -78,12 +78,15 @@ def encode_tiles(x_N: Tensor, wire_S: Tensor, layout: TileLayout, *, tau: float 
     x_TE = torch.cat((x_N, padding)).to(torch.float32).view(-1, TILE)
     marked_T = ~x_TE.isfinite().all(dim=-1)
     x_TE = x_TE.masked_fill(marked_T[:, None], 0.0)
-    top_T2, place_T2 = x_TE.abs().topk(2, dim=-1)
-    rotated_T = (top_T2[:, 0] > tau * top_T2[:, 1]) & (top_T2[:, 0] < _ROTATE_BELOW)
-    pivot_T = torch.where(rotated_T, place_T2[:, 0], 0)
+    size_TE = x_TE.abs()
+    top_T1, place_T1 = size_TE.max(dim=-1, keepdim=True)
+    second_T1 = size_TE.scatter(1, place_T1, 0.0).amax(dim=-1, keepdim=True)
+    rotated_T = ((top_T1 > tau * second_T1) & (top_T1 < _ROTATE_BELOW))[:, 0]
+    pivot_T = torch.where(rotated_T, place_T1[:, 0], 0)
     y_TE = torch.where(rotated_T[:, None], _rotate(_swap(x_TE, pivot_T)), x_TE)
 
     low_T, high_T = y_TE.aminmax(dim=-1)
+    low_T, high_T = low_T + 0.0, high_T + 0.0  # never -0, whichever zero was found first
     order_T = (high_T * 0.5 - low_T * 0.5).argsort(stable=True)  # halves: huge numbers must not overflow
     narrow_T = torch.zeros_like(marked_T).index_fill(0, order_T[: layout.narrow], True)
     most_T = torch.where(narrow_T, 2.0**NARROW - 1, 2.0**WIDE - 1)
