@@ -9,19 +9,19 @@ import pytest
 
 
 def interpreted(name: str) -> ModuleType:
-    """A second copy of commq.codecs.NAME, a Triton module, and of those it imports, made of interpreted kernels."""
+    """A second copy of a Triton module, and of those it imports, made of interpreted kernels. name: in full."""
     if importlib.util.find_spec("triton") is None:
         pytest.skip("triton is not installed; pip install triton")
     importlib.import_module("triton.language")  # itself always compiled; only our kernels are interpreted
 
     def ours() -> list[str]:
-        return [name for name in sys.modules if name.startswith("commq.codecs.triton_")]
+        return [module for module in sys.modules if module == name or module.startswith("commq.codecs.triton_")]
 
-    compiled = {name: sys.modules.pop(name) for name in ours()}
+    compiled = {module: sys.modules.pop(module) for module in ours()}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
-        module = importlib.import_module(f"commq.codecs.{name}")
-    for name in ours():
-        del sys.modules[name]
+        copy = importlib.import_module(name)
+    for module in ours():
+        del sys.modules[module]
     sys.modules.update(compiled)
-    return module
+    return copy

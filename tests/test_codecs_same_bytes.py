@@ -46,7 +46,7 @@ def compiled_triton() -> ModuleType:
 
 @pytest.fixture(scope="module")
 def interpreted() -> ModuleType:
-    return interpreted_copy("triton_kernels")
+    return interpreted_copy("commq.codecs.triton_kernels")
 
 
 @pytest.mark.parametrize("turn", range(20))

@@ -84,7 +84,7 @@ def test_any_bytes_decode():
 
 @pytest.fixture(scope="module")
 def kernels():
-    return interpreted("triton_pivots")
+    return interpreted("commq.codecs.triton_pivots")
 
 
 WAYS = [(share, dtype) for share in (0.2, 0.0, 1.0) for dtype in (torch.float32, torch.bfloat16, torch.float16)]
@@ -102,7 +102,6 @@ def test_triton_interpreted(kernels, name, way):
 def test_triton_interpreted_in_several_chunks(kernels, monkeypatch, tau):
     """More tiles than the programs that see all of them hold at a time."""
     monkeypatch.setattr(kernels, "_CHUNK", 128)
-    monkeypatch.setattr(kernels, "_PART", 64)
     x = outliers(300 * TILE + 1, torch.Generator().manual_seed(5))
     x[: 80 * TILE] = x[: 2 * TILE].repeat(40)
     crosses_alike(kernels, x.bfloat16(), TileLayout(x.numel(), 0.3), tau=tau)

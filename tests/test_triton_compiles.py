@@ -73,3 +73,15 @@ def test_tiles_compile(numel, dtype, compiling):
     wire, x = torch.empty(layout.nbytes, dtype=torch.uint8), torch.zeros(numel, dtype=dtype)
     triton_pivots.encode_tiles(x, wire, layout)
     triton_pivots.decode_tiles(wire, layout, x)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16))
+def test_rows_of_samples_compile(dtype, compiling):
+    from commq.attach import triton_samples
+
+    rows, x, delta = torch.zeros(6, 5000, dtype=dtype), torch.zeros(10000, dtype=dtype), torch.zeros(10000)
+    ids = torch.arange(2)
+    triton_samples.difference(x, rows, ids, delta)
+    triton_samples.difference(x, rows[:2], None, delta)
+    triton_samples.advance(rows, ids, delta, None, None, ids, rows, ids)
+    triton_samples.advance(None, None, delta, x, ids, ids, rows[:2], None)

@@ -40,7 +40,7 @@ def implementation(backend: str, device: torch.device, *formats: Format) -> Modu
     lacks = [fmt.name for fmt in formats if fmt.kind == "means" or (fmt.kind == "levels" and fmt.bits == 8)]
     if backend == "triton" and lacks:
         raise RuntimeError(f"backend='triton': it does not have format {lacks[0]}, only tables of up to 16 levels")
-    if not lacks and _takes_triton(backend, device):
+    if not lacks and takes_triton(backend, device):
         return importlib.import_module("commq.codecs.triton_kernels")
     return reference
 
@@ -55,10 +55,10 @@ def tile_implementation(backend: str, device: torch.device) -> ModuleType:
         raise ValueError(f"backend={backend!r} is unknown; expected one of {', '.join(BACKENDS)}")
     if backend == "native":
         raise RuntimeError("backend='native': the native library does not have tiles; use backend='auto'")
-    return importlib.import_module("commq.codecs.triton_pivots") if _takes_triton(backend, device) else tiles
+    return importlib.import_module("commq.codecs.triton_pivots") if takes_triton(backend, device) else tiles
 
 
-def _takes_triton(backend: str, device: torch.device) -> bool:
+def takes_triton(backend: str, device: torch.device) -> bool:
     """Whether to use Triton; an error if it was asked for by name and cannot be."""
     has_triton = importlib.util.find_spec("triton") is not None
     if backend != "triton":

@@ -35,8 +35,9 @@ from commq.codecs.triton_levels import load_threes, store_threes
 _SCALARS = ["numel", "tiles", "wide", "narrow"]
 _GROUP = 32
 """Tiles of a program that encodes or decodes."""
-_CHUNK, _PART = 32768, 8192
-"""Tiles that the programs that see all tiles have in registers at a time, to count them and to number them."""
+_CHUNK = 8192
+"""Tiles that the programs that see all tiles have in registers at a time. They are small, to find a place beside the
+model's kernels."""
 
 # What tl.max, tl.min and tl.sum combine with; used directly, they work compiled and interpreted in one process.
 _maximum, _minimum, _sum = tl.standard._elementwise_max, tl.standard._elementwise_min, tl.standard._sum_combine
@@ -101,20 +102,24 @@ def _ranges(x, ranges, numel, tiles, tau, G: tl.constexpr):
 @triton.jit
 def _load_ranges(ranges, start, tiles, CHUNK: tl.constexpr):
     tile = start + tl.arange(0, CHUNK)
-    return tl.load(ranges + tile, mask=tile < tiles, other=0x7FFFFFFF)
+    if start + CHUNK <= tiles:
+        chunk = tl.load(ranges + tile)
+    else:
+        chunk = tl.load(ranges + tile, mask=tile < tiles, other=0x7FFFFFFF)
+    return chunk
 
 
 @triton.jit
 def _count_below(first, ranges, bound, tiles, CHUNK: tl.constexpr):
     """Ranges below a bound. first: the first chunk of them."""
-    below = tl.reduce((first < bound).to(tl.int32), 0, _sum)
+    below = (first < bound).to(tl.int32)
     for start in range(CHUNK, tiles, CHUNK):
-        below += tl.reduce((_load_ranges(ranges, start, tiles, CHUNK) < bound).to(tl.int32), 0, _sum)
-    return below
+        below += (_load_ranges(ranges, start, tiles, CHUNK) < bound).to(tl.int32)
+    return tl.reduce(below, 0, _sum)
 
 
 @triton.jit(do_not_specialize=_SCALARS)
-def _choose(ranges, ranks, tiles, narrow, CHUNK: tl.constexpr, PART: tl.constexpr):
+def _choose(ranges, ranks, tiles, narrow, CHUNK: tl.constexpr):
     """Number the `narrow` tiles of the least range, of equal ones the first. One program.
 
     They are those below `bound`, and the first `left` of those that are equal to it, which is found bit by bit.
@@ -128,23 +133,23 @@ def _choose(ranges, ranks, tiles, narrow, CHUNK: tl.constexpr, PART: tl.constexp
         bit = bit >> 1
     tl.store(ranks, 0)
     below, equal = 0, 0
-    for start in range(0, tiles, PART):
-        part = _load_ranges(ranges, start, tiles, PART)
-        tile = start + tl.arange(0, PART)
-        below_upto = below + tl.associative_scan((part < bound).to(tl.int32), 0, _sum)
-        equal_upto = equal + tl.associative_scan((part == bound).to(tl.int32), 0, _sum)
+    for start in range(0, tiles, CHUNK):
+        chunk = _load_ranges(ranges, start, tiles, CHUNK)
+        tile = start + tl.arange(0, CHUNK)
+        below_upto = below + tl.associative_scan((chunk < bound).to(tl.int32), 0, _sum)
+        equal_upto = equal + tl.associative_scan((chunk == bound).to(tl.int32), 0, _sum)
         tl.store(ranks + 1 + tile, below_upto + tl.minimum(equal_upto, left), mask=tile < tiles)
         below = tl.reduce(below_upto, 0, _maximum)
         equal = tl.reduce(equal_upto, 0, _maximum)
 
 
 @triton.jit(do_not_specialize=_SCALARS)
-def _number(heads, ranks, tiles, PART: tl.constexpr):
+def _number(heads, ranks, tiles, CHUNK: tl.constexpr):
     """Number the tiles whose heads say that they are narrow. One program."""
     tl.store(ranks, 0)
     total = 0
-    for start in range(0, tiles, PART):
-        tile = start + tl.arange(0, PART)
+    for start in range(0, tiles, CHUNK):
+        tile = start + tl.arange(0, CHUNK)
         head = tl.load(heads + tile, mask=tile < tiles, other=0)
         upto = total + tl.associative_scan((head >= 128).to(tl.int32), 0, _sum)
         tl.store(ranks + 1 + tile, upto, mask=tile < tiles)
@@ -240,10 +245,7 @@ def encode_tiles(x_N: Tensor, wire_S: Tensor, layout: TileLayout, *, tau: float 
     x, sizes, grid = _pointer(x_N), (layout.numel, layout.tiles), _grid(layout)
     with _device(x_N):
         _ranges[grid](x, ranges_T, *sizes, float(tau), G=_GROUP, enable_fp_fusion=False)
-        chunk, part = _power(layout.tiles, _CHUNK), _power(layout.tiles, _PART)
-        _choose[(1,)](
-            ranges_T, ranks, layout.tiles, layout.narrow, CHUNK=chunk, PART=part, num_warps=max(chunk // 1024, 1)
-        )  # fmt: skip
+        _choose[(1,)](ranges_T, ranks, layout.tiles, layout.narrow, **_all_tiles(layout))
         _encode[grid](x, ranks, wire_S, *sizes, layout.wide, float(tau), G=_GROUP, enable_fp_fusion=False)
 
 
@@ -254,8 +256,7 @@ def decode_tiles(wire_S: Tensor, layout: TileLayout, out_N: Tensor) -> None:
     ranks = _ranks(layout, out_N.device)
     top = min(torch.finfo(out_N.dtype).max, torch.finfo(torch.bfloat16).max)
     with _device(out_N):
-        part = _power(layout.tiles, _PART)
-        _number[(1,)](wire_S, ranks, layout.tiles, PART=part, num_warps=max(part // 256, 1))
+        _number[(1,)](wire_S, ranks, layout.tiles, **_all_tiles(layout))
         _decode[_grid(layout)](
             wire_S, ranks, _pointer(out_N), layout.numel, layout.tiles, layout.wide, top,
             G=_GROUP, enable_fp_fusion=False,
@@ -270,9 +271,10 @@ def _grid(layout: TileLayout) -> tuple[int]:
     return (triton.cdiv(layout.numel, _GROUP * TILE),)
 
 
-def _power(tiles: int, most: int) -> int:
-    """A power of two, at least `tiles` if that is not more than `most`."""
-    return min(max(triton.next_power_of_2(tiles), 1024), most)
+def _all_tiles(layout: TileLayout) -> dict[str, int]:
+    """Options of the programs that see all tiles."""
+    chunk = min(max(triton.next_power_of_2(layout.tiles), 1024), _CHUNK)
+    return {"CHUNK": chunk, "num_warps": max(chunk // 1024, 1), "enable_fp_fusion": False}
 
 
 def _pointer(x: Tensor) -> Tensor:
