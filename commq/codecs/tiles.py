@@ -8,7 +8,8 @@
 
 A wire of T tiles: | heads: T | scales: bf16 T | zeros: bf16 T | wide codes | narrow codes |, little-endian. A head has
 the pivot's place in its 6 low bits, then a bit for "rotated" and one for "narrow". 4.425 bits an element in all.
-Tiles are runs in memory order: those of one token where its width is a multiple of 64.
+Tiles are runs in memory order: those of one token where its width is a multiple of 64. triton_pivots.py gives the
+same bytes; `ops.tile_implementation` chooses.
 
 Error: with step = the tile's scale, at most `tile_steps` says: step / 2 of each element; of a rotated tile that bound
 holds for the 2-norm, 4 * step. A tile with a number that is not finite decodes to NaN. Zeros stay zeros.
@@ -70,7 +71,7 @@ def encode_tiles(x_N: Tensor, wire_S: Tensor, layout: TileLayout, *, tau: float 
     """Write all layout.nbytes of `wire_S` (uint8).
 
     x_N: float32, bfloat16 or float16, 1-D, of layout.numel elements. tau: how many times as large as the second one
-    an element must be to have its tile rotated. Nothing waits for the device.
+    an element must be to have its tile rotated, 1 or more. Nothing waits for the device.
     """
     if not layout.numel:
         return
