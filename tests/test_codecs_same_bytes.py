@@ -7,9 +7,7 @@ alignment from its number, and goes through all four families. Random bytes must
 from __future__ import annotations
 
 import importlib
-import importlib.util
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import ModuleType
 
 import pytest
@@ -22,6 +20,7 @@ from commq.codecs.formats import FORMATS, get_format
 from commq.codecs.reference import Blocks, Coding
 from commq.codecs.rotation import Rotation
 from commq.codecs.wire import Layout
+from interpreted import interpreted as interpreted_copy
 
 ROUND = len(SWEEP)
 """Cases in which every format and scale comes once."""
@@ -46,23 +45,8 @@ def compiled_triton() -> ModuleType:
 
 
 @pytest.fixture(scope="module")
-def interpreted() -> Iterator[ModuleType]:
-    """A second copy of the Triton modules, made of interpreted kernels that run on CPU tensors."""
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("triton is not installed; pip install triton")
-    importlib.import_module("triton.language")  # itself always compiled; only our kernels are interpreted
-
-    def ours() -> list[str]:
-        return [name for name in sys.modules if name.startswith("commq.codecs.triton_")]
-
-    compiled = {name: sys.modules.pop(name) for name in ours()}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")
-        module = importlib.import_module("commq.codecs.triton_kernels")
-    for name in ours():
-        del sys.modules[name]
-    sys.modules.update(compiled)
-    yield module
+def interpreted() -> ModuleType:
+    return interpreted_copy("commq.codecs.triton_kernels")
 
 
 @pytest.mark.parametrize("turn", range(20))

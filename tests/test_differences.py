@@ -1,12 +1,16 @@
 """Differences: both sides keep the same rows, wherever they are, and the receiver follows the sender."""
 
+import sys
+
 import pytest
 import torch
 
 import commq
+from commq.attach import sample_cache
 from commq.attach.crossing import Place, Samples, Turn
 from commq.codecs.bounds import error_bound
 from commq.collectives.memory import Memory
+from interpreted import interpreted
 
 SAMPLES, ROWS, SHAPE = 6, 2, (3, 5)
 
@@ -14,21 +18,22 @@ SAMPLES, ROWS, SHAPE = 6, 2, (3, 5)
 class Pair:
     """Both sides of a boundary."""
 
-    def __init__(self, way, dtype=torch.float32):
-        self.like = torch.empty(ROWS, *SHAPE, dtype=dtype)
+    def __init__(self, way, dtype=torch.float32, device="cpu"):
+        self.like = torch.empty(ROWS, *SHAPE, dtype=dtype, device=device)
         places = [Place(0, False, sends, 0, 0, Memory(), "auto") for sends in (True, False)]
         self.sender, self.receiver = (way.crossing(place, self.like) for place in places)
 
     def cross(self, x, ids, chunk=0, *, told=None):
         """What arrives, and the bytes it took."""
-        samples = None if ids is None else Samples(ids, ids)
-        turn = Turn(0, chunk, samples)
-        wire = torch.empty(self.sender.nbytes(turn), dtype=torch.uint8)
+        device = self.like.device
+        turn = Turn(0, chunk, None if ids is None else Samples(ids, ids.to(device)))
+        wire = torch.empty(self.sender.nbytes(turn), dtype=torch.uint8, device=device)
         assert self.receiver.nbytes(turn) == len(wire)
-        self.sender.encode(x.reshape(-1), wire, turn)
+        self.sender.encode(x.to(device).reshape(-1), wire, turn)
         y = torch.empty_like(self.like)
-        self.receiver.decode(wire, y.view(-1), turn if told is None else Turn(0, chunk, Samples(told, told)))
-        return y, len(wire)
+        turn = turn if told is None else Turn(0, chunk, Samples(told, told.to(device)))
+        self.receiver.decode(wire, y.view(-1), turn)
+        return y.cpu(), len(wire)
 
     def same(self):
         kept = self.sender.state_dict(), self.receiver.state_dict()
@@ -94,6 +99,61 @@ def test_nan_arrives_and_is_not_kept(tmp_path):
         assert pair.same()
         again, _ = pair.cross(activations(2)[:ROWS], ids)
         assert bool(again.isfinite().all())
+
+
+KEPT = [(cache, storage, dtype) for cache in ("device", "host") for storage in ("fp32", "bf16", "fp16")
+        for dtype in (torch.float32, torch.bfloat16, torch.float16)]  # fmt: skip
+
+
+def go_alike(pairs):
+    """Three epochs, with numbers that are not finite and one that bf16 rounds up to infinity."""
+    for epoch in range(3):
+        for chunk in range(SAMPLES // ROWS):
+            ids = torch.arange(SAMPLES).roll(epoch)
+            x = activations(epoch, pairs[0].like.dtype)[ids[chunk * ROWS : (chunk + 1) * ROWS]]
+            if epoch == chunk:
+                x[0, 1, 2], x[1, 2, 3], x[1, 0, 4] = torch.nan, torch.inf, torch.finfo(x.dtype).max
+            one, other = (pair.cross(x, ids, chunk) for pair in pairs)
+            assert one[1] == other[1] and torch.equal(one[0].isnan(), other[0].isnan())
+            assert torch.equal(one[0].nan_to_num(nan=7.0), other[0].nan_to_num(nan=7.0))
+    for name in ("sender", "receiver"):
+        one, other = (getattr(pair, name).state_dict() for pair in pairs)
+        assert torch.equal(one["ids"], other["ids"]) and torch.equal(one["rows"], other["rows"])
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """Caches that are made while this is there use interpreted kernels."""
+    name = "commq.attach.triton_samples"
+    copy = interpreted(name)
+    monkeypatch.setitem(sys.modules, name, copy)
+    monkeypatch.setattr(sample_cache, "takes_triton", lambda backend, device: True)
+    monkeypatch.setattr(copy, "_BLOCK", 8)  # two for a row of 15
+    return copy
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, about numbers that are not finite
+@pytest.mark.parametrize(("cache", "storage", "dtype"), KEPT)
+def test_triton_interpreted(tmp_path, monkeypatch, kernels, cache, storage, dtype):
+    options = way(tmp_path, cache=cache, storage=commq.get_format(storage))
+    fast = Pair(options, dtype)
+    monkeypatch.setattr(sample_cache, "takes_triton", lambda backend, device: False)
+    go_alike([Pair(options, dtype), fast])
+
+
+def test_triton_interpreted_makes_rows_of_other_samples_nan(kernels):
+    ids, delta, y = torch.tensor([2, 0, 1]), torch.ones(3 * 15), torch.empty(3 * 15)
+    rows = torch.zeros(3, 15)
+    kernels.advance(None, None, delta, y, torch.tensor([2, 1, 1]), ids, rows, ids)
+    assert torch.equal(y.view(3, 15)[:, 0].isnan(), torch.tensor([False, True, False]))
+    assert torch.equal(rows[:, 14], torch.tensor([0.0, 1.0, 1.0]))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("cache", "storage", "dtype"), [*KEPT, ("device", "int8", torch.bfloat16)])
+def test_on_cuda(tmp_path, cache, storage, dtype):
+    options = way(tmp_path, cache=cache, storage=commq.get_format(storage))
+    go_alike([Pair(options, dtype), Pair(options, dtype, "cuda")])
 
 
 def test_samples_without_names_change_nothing(tmp_path):

@@ -3,8 +3,11 @@
 import pytest
 import torch
 
+from commq.codecs import ops, tiles
 from commq.codecs.tiles import TILE, TileLayout, decode_tiles, encode_tiles, tile_steps
-from numerics import nasty_inputs
+from interpreted import interpreted
+from numerics import nasty_inputs, paired
+from tile_cases import crosses_alike, decodes_alike, harder_inputs, outliers
 
 
 def cross(x, layout, dtype=torch.float32):
@@ -77,3 +80,47 @@ def test_any_bytes_decode():
     for _ in range(20):
         wire = torch.randint(0, 256, (layout.nbytes,), dtype=torch.uint8, generator=generator)
         decode_tiles(wire, layout, torch.empty(1000))
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    return interpreted("commq.codecs.triton_pivots")
+
+
+WAYS = [(share, dtype) for share in (0.2, 0.0, 1.0) for dtype in (torch.float32, torch.bfloat16, torch.float16)]
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, about infinities
+@pytest.mark.parametrize(("name", "way"), paired(harder_inputs(), WAYS, 0) + paired(harder_inputs(), WAYS[:3], 1))
+def test_triton_interpreted(kernels, name, way):
+    share, dtype = way
+    x = harder_inputs()[name].to(dtype)
+    crosses_alike(kernels, x, TileLayout(x.numel(), share))
+
+
+@pytest.mark.parametrize("tau", [1.0, 1.1, 20.0])
+def test_triton_interpreted_in_several_chunks(kernels, monkeypatch, tau):
+    """More tiles than the programs that see all of them hold at a time."""
+    monkeypatch.setattr(kernels, "_CHUNK", 128)
+    x = outliers(300 * TILE + 1, torch.Generator().manual_seed(5))
+    x[: 80 * TILE] = x[: 2 * TILE].repeat(40)
+    crosses_alike(kernels, x.bfloat16(), TileLayout(x.numel(), 0.3), tau=tau)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_any_bytes_decode_alike_in_triton(kernels):
+    generator = torch.Generator().manual_seed(6)
+    for share in (0.0, 0.5, 1.0):
+        layout = TileLayout(1000, share)
+        wire = torch.randint(0, 256, (layout.nbytes,), dtype=torch.uint8, generator=generator)
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            decodes_alike(kernels, wire, layout, dtype)
+
+
+def test_the_choice_of_an_implementation():
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert ops.tile_implementation("auto", cpu) is tiles is ops.tile_implementation("reference", cuda)
+    with pytest.raises(RuntimeError, match="the native library does not have tiles"):
+        ops.tile_implementation("native", cpu)
+    with pytest.raises(RuntimeError, match="backend='triton': "):
+        ops.tile_implementation("triton", cpu)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from codec_cases import SPIKES, SWEEP, Case, run_case
+from commq.codecs.tiles import TileLayout
 
 pytest.importorskip("triton", reason="triton is not installed; pip install triton")
 
@@ -61,3 +62,26 @@ def test_every_kind_of_format_compiles(number, compiling):
 def test_kept_values_compile(number, compiling):
     """One of each scale."""
     run_case(Case(number, SPIKES), compiling, "cpu", fuzz=False)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16))
+@pytest.mark.parametrize("numel", (1000, 1 << 21))
+def test_tiles_compile(numel, dtype, compiling):
+    from commq.codecs import triton_pivots
+
+    layout = TileLayout(numel)
+    wire, x = torch.empty(layout.nbytes, dtype=torch.uint8), torch.zeros(numel, dtype=dtype)
+    triton_pivots.encode_tiles(x, wire, layout)
+    triton_pivots.decode_tiles(wire, layout, x)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16))
+def test_rows_of_samples_compile(dtype, compiling):
+    from commq.attach import triton_samples
+
+    rows, x, delta = torch.zeros(6, 5000, dtype=dtype), torch.zeros(10000, dtype=dtype), torch.zeros(10000)
+    ids = torch.arange(2)
+    triton_samples.difference(x, rows, ids, delta)
+    triton_samples.difference(x, rows[:2], None, delta)
+    triton_samples.advance(rows, ids, delta, None, None, ids, rows, ids)
+    triton_samples.advance(None, None, delta, x, ids, ids, rows[:2], None)

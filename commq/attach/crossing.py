@@ -13,10 +13,10 @@ from typing import Any, ClassVar, Literal, Protocol
 from torch import Tensor
 
 from commq.codecs.formats import Format, get_format
-from commq.codecs.ops import check_coding
+from commq.codecs.ops import check_coding, tile_implementation
 from commq.codecs.reference import Coding
 from commq.codecs.rotation import Rotation
-from commq.codecs.tiles import TILE, TileLayout, decode_tiles, encode_tiles
+from commq.codecs.tiles import TILE, TileLayout
 from commq.collectives.memory import Memory
 from commq.collectives.message import send_stream
 from commq.collectives.plan import RAW
@@ -191,21 +191,22 @@ class Tiles:
             return Direct(get_format(RAW[like.dtype])).crossing(place, like)
         if not place.backward:
             warn_of_shared_blocks(place, like, TILE)
-        return _TileCrossing(layout, self.tau)
+        return _TileCrossing(layout, self.tau, place, like)
 
 
 class _TileCrossing(Crossing):
-    def __init__(self, layout: TileLayout, tau: float) -> None:
+    def __init__(self, layout: TileLayout, tau: float, place: Place, like: Tensor) -> None:
         self._layout, self._tau = layout, tau
+        self._codec = tile_implementation(place.backend, like.device)
 
     def nbytes(self, turn: Turn) -> int:
         return self._layout.nbytes
 
     def encode(self, x_N: Tensor, wire_S: Tensor, turn: Turn) -> None:
-        encode_tiles(x_N, wire_S, self._layout, tau=self._tau)
+        self._codec.encode_tiles(x_N, wire_S, self._layout, tau=self._tau)
 
     def decode(self, wire_S: Tensor, y_N: Tensor, turn: Turn) -> None:
-        decode_tiles(wire_S, self._layout, y_N)
+        self._codec.decode_tiles(wire_S, self._layout, y_N)
 
 
 def way_of(value: Way | Format | str) -> Way:

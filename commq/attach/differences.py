@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from commq.attach.crossing import Crossing, Place, Samples, Turn, warn_of_shared_blocks
-from commq.attach.sample_cache import PLACES, SampleCache, row_bytes
+from commq.attach.sample_cache import PLACES, Rows, SampleCache, row_bytes
 from commq.codecs.formats import Format, get_format
 from commq.codecs.ops import check_coding, implementation
 from commq.codecs.reference import Coding
@@ -82,6 +82,21 @@ class Differences:
         return _DifferenceCrossing(self, place, like)
 
 
+@dataclass(frozen=True)
+class _Passage:
+    """A micro-batch that crosses."""
+
+    turn: Turn
+    samples: Samples | None
+    """Its own."""
+    known: bool
+    """All of them have crossed before. Both sides say the same."""
+    header: int
+    """Bytes of the samples' numbers, up to a multiple of 16."""
+    layout: Layout
+    """Of the micro-batch on the wire."""
+
+
 class _DifferenceCrossing(Crossing):
     def __init__(self, way: Differences, place: Place, like: Tensor) -> None:
         if like.ndim < 2 or not like.numel():
@@ -100,31 +115,49 @@ class _DifferenceCrossing(Crossing):
         self._cache = SampleCache(
             way.samples, self._numel, way.storage, way.cache, like.device, file, place.backend
         )  # fmt: skip
+        numel = self._rows * self._numel
+        self._first = Layout(way.first, numel)
+        self._later = Layout(way.format, numel, align=way.rotation.size if way.rotation else 1)
+        if self._later.nbytes >= self._first.nbytes:
+            self._later = self._first  # a difference that would not be shorter
+        self._passages: dict[int, _Passage] = {}
 
     def nbytes(self, turn: Turn) -> int:
-        return self._header(turn) + self._layout(turn).nbytes
+        passage = self._passage(turn)
+        return passage.header + passage.layout.nbytes
 
     def encode(self, x_N: Tensor, wire_S: Tensor, turn: Turn) -> None:
-        header, layout, kept_N = self._header(turn), self._layout(turn), self._kept(turn)
-        if turn.samples is not None:
-            wire_S[:header].zero_()
-            wire_S[: 8 * self._rows].view(torch.int64).copy_(self._ids(turn.samples, turn)[1])
-        codes_1S = wire_S[header:].view(1, -1)
-        codec = implementation(self._place.backend, self._device, layout.format)
-        codec.encode_bucket(x_N.to(torch.float32) - kept_N, codes_1S, layout, self._coding(layout))
-        if turn.samples is not None:
-            self._keep(kept_N, kept_N + self._decoded(codes_1S, layout), turn)
+        passage = self._passage(turn)
+        named, kept, change_N = 8 * self._rows, self._kept(passage), x_N
+        if passage.samples is not None:
+            wire_S[:named].view(torch.int64).copy_(passage.samples.device)
+            wire_S[named : passage.header].zero_()
+        if kept is not None:
+            change_N = self._cache.difference(x_N, kept)
+        codes_1S = wire_S[passage.header :].view(1, -1)
+        codec = implementation(self._place.backend, self._device, passage.layout.format)
+        codec.encode_bucket(change_N, codes_1S, passage.layout, self._coding(passage.layout))
+        if passage.samples is not None:
+            delta_N = self._decode(codes_1S, passage.layout, torch.empty(x_N.numel(), device=self._device))
+            self._cache.advance(passage.samples.host, passage.samples.device, kept, delta_N)
+            self._done(passage)
 
     def decode(self, wire_S: Tensor, y_N: Tensor, turn: Turn) -> None:
-        header, kept_N = self._header(turn), self._kept(turn)
-        new_N = kept_N + self._decoded(wire_S[header:].view(1, -1), self._layout(turn))
-        if turn.samples is not None:
-            same = self._agrees(wire_S[: 8 * self._rows].view(torch.int64), turn)
-            new_N = new_N.view(self._rows, -1).masked_fill(~same[:, None], torch.nan).view(-1)
-            self._keep(kept_N, new_N, turn)
-        y_N.copy_(new_N)
+        passage = self._passage(turn)
+        codes_1S = wire_S[passage.header :].view(1, -1)
+        if passage.samples is None:
+            self._decode(codes_1S, passage.layout, y_N)
+            return
+        theirs = wire_S[: 8 * self._rows].view(torch.int64)
+        self._check(theirs, passage)
+        kept = self._kept(passage)
+        delta_N = self._decode(codes_1S, passage.layout, torch.empty(y_N.numel(), device=self._device))
+        self._cache.advance(passage.samples.host, passage.samples.device, kept, delta_N, y_N, theirs)
+        self._done(passage)
 
     def prefetch(self, samples: Samples) -> None:
+        if self._way.cache == "device":
+            return
         for first in range(0, len(samples.host), self._rows):
             ids = samples.host[first : first + self._rows]
             # Those that do not fit are refused when they cross, by the stages on both sides.
@@ -137,70 +170,59 @@ class _DifferenceCrossing(Crossing):
         return {"ids": ids, "rows": self._cache.stored(ids)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._passages.clear()
         self._known.zero_()
         self._known[state["ids"]] = True
         self._cache.restore(state["ids"], state["rows"])
 
-    def _ids(self, samples: Samples, turn: Turn) -> tuple[Tensor, Tensor]:
-        """Of this micro-batch, on the host and on the device."""
+    def _passage(self, turn: Turn) -> _Passage:
+        """What is known of a micro-batch before it crosses; found once for each turn."""
+        passage = self._passages.get(turn.chunk)
+        if passage is None or passage.turn is not turn:
+            passage = self._passages[turn.chunk] = self._find(turn)
+        return passage
+
+    def _find(self, turn: Turn) -> _Passage:
+        if turn.samples is None:
+            return _Passage(turn, None, False, 0, self._first)
         here = slice(turn.chunk * self._rows, (turn.chunk + 1) * self._rows)
-        host = samples.host[here]
-        if len(host) != self._rows or int(host.max()) >= self._way.samples or int(host.min()) < 0:
+        samples = Samples(turn.samples.host[here], turn.samples.device[here])
+        ids = samples.host.tolist()
+        if len(ids) != self._rows or max(ids) >= self._way.samples or min(ids) < 0:
             raise ValueError(
-                f"{self._place}, micro-batch {turn.chunk}: {len(host)} samples {host.tolist()[:8]} were named, "
+                f"{self._place}, micro-batch {turn.chunk}: {len(ids)} samples {ids[:8]} were named, "
                 f"expected {self._rows} with numbers from 0 to {self._way.samples - 1}; see set_samples"
             )
-        return host, samples.device[here]
+        known = bool(self._known[samples.host].all())
+        return _Passage(turn, samples, known, -(-8 * self._rows // 16) * 16, self._later if known else self._first)
 
-    def _knows(self, turn: Turn) -> bool:
-        """All samples of the micro-batch have crossed before. Both sides say the same."""
-        if turn.samples is None:
-            return False
-        host, _ = self._ids(turn.samples, turn)
-        return bool(self._known[host].all())
+    def _done(self, passage: _Passage) -> None:
+        """Its samples have crossed."""
+        assert passage.samples is not None
+        self._known[passage.samples.host] = True
+        self._passages.pop(passage.turn.chunk)
 
-    def _header(self, turn: Turn) -> int:
-        """Bytes of the samples' numbers, up to a multiple of 16."""
-        return 0 if turn.samples is None else -(-8 * self._rows // 16) * 16
-
-    def _layout(self, turn: Turn) -> Layout:
-        """Of the micro-batch on the wire. A difference that would not be shorter goes in format `first`, too."""
-        numel = self._rows * self._numel
-        rotation = self._way.rotation
-        first = Layout(self._way.first, numel)
-        later = Layout(self._way.format, numel, align=rotation.size if rotation else 1)
-        return later if self._knows(turn) and later.nbytes < first.nbytes else first
+    def _kept(self, passage: _Passage) -> Rows | None:
+        """What both sides hold of the micro-batch; None if not of all its samples."""
+        if passage.samples is None or not passage.known:
+            return None
+        return self._cache.fetch(passage.samples.host, passage.samples.device)
 
     def _coding(self, layout: Layout) -> Coding:
         return self._way.coding if layout.align > 1 else Coding()  # those of differences alone are rotated
 
-    def _decoded(self, codes_1S: Tensor, layout: Layout) -> Tensor:
-        out_N = torch.empty(layout.numel, device=self._device)
+    def _decode(self, codes_1S: Tensor, layout: Layout, out_N: Tensor) -> Tensor:
         codec = implementation(self._place.backend, self._device, layout.format)
         codec.decode_bucket(codes_1S, layout, out_N, self._coding(layout))
         return out_N
 
-    def _kept(self, turn: Turn) -> Tensor:
-        """What both sides hold of the micro-batch; zeros if not of all its samples."""
-        if turn.samples is None or not self._knows(turn):
-            return torch.zeros(self._rows * self._numel, device=self._device)
-        return self._cache.load(*self._ids(turn.samples, turn)).reshape(-1)
-
-    def _keep(self, kept_N: Tensor, new_N: Tensor, turn: Turn) -> None:
-        assert turn.samples is not None
-        host, on_device = self._ids(turn.samples, turn)
-        rows = torch.where(new_N.isfinite(), new_N, kept_N).view(self._rows, -1)
-        self._cache.save(host, on_device, rows)
-        self._known[host] = True
-
-    def _agrees(self, theirs: Tensor, turn: Turn) -> Tensor:
+    def _check(self, theirs: Tensor, passage: _Passage) -> None:
         """Whether each row is the sample it is taken for. On the CPU an error says so; a GPU makes the row NaN."""
-        assert turn.samples is not None
-        host, on_device = self._ids(turn.samples, turn)
-        same = theirs == on_device
-        if self._device.type == "cpu" and not bool(same.all()):
+        if self._device.type != "cpu":
+            return
+        assert passage.samples is not None
+        if not torch.equal(theirs, passage.samples.host):
             raise ValueError(
-                f"{self._place}, micro-batch {turn.chunk}: samples {theirs.tolist()[:8]} came, this "
-                f"stage was told {host.tolist()[:8]}; name the same samples on every stage"
+                f"{self._place}, micro-batch {passage.turn.chunk}: samples {theirs.tolist()[:8]} came, this "
+                f"stage was told {passage.samples.host.tolist()[:8]}; name the same samples on every stage"
             )
-        return same

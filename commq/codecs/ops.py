@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from commq.codecs import native, reference
+from commq.codecs import native, reference, tiles
 from commq.codecs.formats import Format, get_format
 from commq.codecs.reference import Coding
 from commq.codecs.rotation import Rotation
@@ -37,19 +37,37 @@ def implementation(backend: str, device: torch.device, *formats: Format) -> Modu
         if reason := native.missing(device, *formats):
             raise RuntimeError(f"backend='native': {reason}")
         return native
-    has_triton = importlib.util.find_spec("triton") is not None
     lacks = [fmt.name for fmt in formats if fmt.kind == "means" or (fmt.kind == "levels" and fmt.bits == 8)]
-    if backend == "triton" or (backend == "auto" and device.type == "cuda" and has_triton and not lacks):
-        if lacks:
-            raise RuntimeError(f"backend='triton': it does not have format {lacks[0]}, only tables of up to 16 levels")
-        if not has_triton:
-            raise RuntimeError("backend='triton': triton is not installed; pip install triton")
-        if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-            raise RuntimeError(
-                f"backend='triton': the tensor is on {device.type}, expected a GPU (or TRITON_INTERPRET=1)"
-            )
+    if backend == "triton" and lacks:
+        raise RuntimeError(f"backend='triton': it does not have format {lacks[0]}, only tables of up to 16 levels")
+    if not lacks and takes_triton(backend, device):
         return importlib.import_module("commq.codecs.triton_kernels")
     return reference
+
+
+@cache
+def tile_implementation(backend: str, device: torch.device) -> ModuleType:
+    """The module whose `encode_tiles` and `decode_tiles` are for tensors on `device`, as `implementation` chooses.
+
+    auto: Triton on a GPU, else plain torch (tiles.py). There is no native one: asked for, it is a RuntimeError.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r} is unknown; expected one of {', '.join(BACKENDS)}")
+    if backend == "native":
+        raise RuntimeError("backend='native': the native library does not have tiles; use backend='auto'")
+    return importlib.import_module("commq.codecs.triton_pivots") if takes_triton(backend, device) else tiles
+
+
+def takes_triton(backend: str, device: torch.device) -> bool:
+    """Whether to use Triton; an error if it was asked for by name and cannot be."""
+    has_triton = importlib.util.find_spec("triton") is not None
+    if backend != "triton":
+        return backend == "auto" and device.type == "cuda" and has_triton
+    if not has_triton:
+        raise RuntimeError("backend='triton': triton is not installed; pip install triton")
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise RuntimeError(f"backend='triton': the tensor is on {device.type}, expected a GPU (or TRITON_INTERPRET=1)")
+    return True
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@
 
 A wire of T tiles: | heads: T | scales: bf16 T | zeros: bf16 T | wide codes | narrow codes |, little-endian. A head has
 the pivot's place in its 6 low bits, then a bit for "rotated" and one for "narrow". 4.425 bits an element in all.
-Tiles are runs in memory order: those of one token where its width is a multiple of 64.
+Tiles are runs in memory order: those of one token where its width is a multiple of 64. triton_pivots.py gives the
+same bytes; `ops.tile_implementation` chooses.
 
 Error: with step = the tile's scale, at most `tile_steps` says: step / 2 of each element; of a rotated tile that bound
 holds for the 2-norm, 4 * step. A tile with a number that is not finite decodes to NaN. Zeros stay zeros.
@@ -70,7 +71,7 @@ def encode_tiles(x_N: Tensor, wire_S: Tensor, layout: TileLayout, *, tau: float 
     """Write all layout.nbytes of `wire_S` (uint8).
 
     x_N: float32, bfloat16 or float16, 1-D, of layout.numel elements. tau: how many times as large as the second one
-    an element must be to have its tile rotated. Nothing waits for the device.
+    an element must be to have its tile rotated, 1 or more. Nothing waits for the device.
     """
     if not layout.numel:
         return
@@ -78,12 +79,15 @@ def encode_tiles(x_N: Tensor, wire_S: Tensor, layout: TileLayout, *, tau: float 
     x_TE = torch.cat((x_N, padding)).to(torch.float32).view(-1, TILE)
     marked_T = ~x_TE.isfinite().all(dim=-1)
     x_TE = x_TE.masked_fill(marked_T[:, None], 0.0)
-    top_T2, place_T2 = x_TE.abs().topk(2, dim=-1)
-    rotated_T = (top_T2[:, 0] > tau * top_T2[:, 1]) & (top_T2[:, 0] < _ROTATE_BELOW)
-    pivot_T = torch.where(rotated_T, place_T2[:, 0], 0)
+    size_TE = x_TE.abs()
+    top_T1, place_T1 = size_TE.max(dim=-1, keepdim=True)
+    second_T1 = size_TE.scatter(1, place_T1, 0.0).amax(dim=-1, keepdim=True)
+    rotated_T = ((top_T1 > tau * second_T1) & (top_T1 < _ROTATE_BELOW))[:, 0]
+    pivot_T = torch.where(rotated_T, place_T1[:, 0], 0)
     y_TE = torch.where(rotated_T[:, None], _rotate(_swap(x_TE, pivot_T)), x_TE)
 
     low_T, high_T = y_TE.aminmax(dim=-1)
+    low_T, high_T = low_T + 0.0, high_T + 0.0  # never -0, whichever zero was found first
     order_T = (high_T * 0.5 - low_T * 0.5).argsort(stable=True)  # halves: huge numbers must not overflow
     narrow_T = torch.zeros_like(marked_T).index_fill(0, order_T[: layout.narrow], True)
     most_T = torch.where(narrow_T, 2.0**NARROW - 1, 2.0**WIDE - 1)
