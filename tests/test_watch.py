@@ -144,8 +144,8 @@ class Sized(nn.Module):
         return self.small(self.large(x))
 
 
-def train_auto(slow):
-    """Curves in place of measurements: a link of 10 MB/s with no latency, or one that costs nothing."""
+def train_auto(nanoseconds):
+    """Curves in place of measurements: a link that takes so long for a megabyte, without latency, and slow codecs."""
     messages = []
 
     class Kept(logging.Handler):
@@ -154,7 +154,7 @@ def train_auto(slow):
 
     logging.getLogger("commq").addHandler(Kept())
     logging.getLogger("commq").setLevel(logging.INFO)
-    moves, codecs = Curve(((0, 0), (10**6, 10**8 if slow else 1))), Curve(((0, 5 * 10**6), (10**6, 6 * 10**6)))
+    moves, codecs = Curve(((0, 0), (10**6, nanoseconds))), Curve(((0, 5 * 10**6), (10**6, 6 * 10**6)))
     link.remember = lambda transport, key, find: codecs if key[0] == "codecs" else moves
     torch.manual_seed(0)
     ddp = DistributedDataParallel(Sized(), bucket_cap_mb=0.01)
@@ -172,7 +172,7 @@ def train_auto(slow):
 
 def test_auto_compresses_large_buckets_on_a_slow_link_and_says_so_once():
     """16 KiB over 10 MB/s take less than the codec's 5 ms; 1 MiB does not."""
-    results = run_processes(train_auto, 2, args=(True,))
+    results = run_processes(train_auto, 2, args=(10**8,))
     for routes, _, _, stats in results:
         assert routes[1 << 20] in ("one_shot", "two_shot") and routes[1 << 14] == "plain"
         assert stats.ratio < 0.3 and stats.residual_norm > 0
@@ -180,8 +180,20 @@ def test_auto_compresses_large_buckets_on_a_slow_link_and_says_so_once():
     assert len(results[0][1]) == 1 and results[1][1] == []
 
 
+def test_auto_leaves_gradients_to_ddp_where_nothing_gains_and_says_so_once():
+    """A megabyte in a nanosecond."""
+    results = run_processes(train_auto, 2, args=(1,))
+    for routes, _, errors, stats in results:
+        assert routes == {} and max(errors) == 0 and stats.residual_norm == 0
+        assert stats.steps == 3 and stats.ratio == 1.0
+    ((level, message),) = results[0][1]
+    assert level == "WARNING" and "no hook" in message and "of 1064960 bytes of gradients" in message
+    assert results[1][1] == []
+
+
 def test_auto_switches_compression_off_where_it_loses_and_says_so_once():
-    results = run_processes(train_auto, 2, args=(False,))
+    """At 1 GB/s half the bytes save half a millisecond, and int4 costs ten."""
+    results = run_processes(train_auto, 2, args=(10**6,))
     for routes, _, errors, stats in results:
         assert set(routes.values()) == {"plain"}
         # Sums of two equal bfloat16 are exact: gradients are rounded once, and half the bytes of fp32 travel.

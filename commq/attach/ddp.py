@@ -8,6 +8,7 @@ and GradScaler's search for infinities therefore run on what was really exchange
 """
 
 import functools
+import logging
 import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
@@ -30,7 +31,7 @@ from commq.attach.dcp import pack_state, read_state
 from commq.attach.flight import Flight
 from commq.attach.layouts import Known, Layouts
 from commq.collectives.capture import refuse_capture
-from commq.collectives.plan import raw_bytes
+from commq.collectives.plan import raw_bytes, ring_bytes
 from commq.collectives.transport import C10d, Transport, check_equal
 from commq.feedback.residual import Residual
 from commq.policy.adaptation import Adaptation
@@ -38,6 +39,8 @@ from commq.policy.phase import Progress
 from commq.policy.rule import check_rules
 from commq.recipe import Recipe
 from commq.stats import Stats
+
+_log = logging.getLogger("commq")
 
 
 class HookState:
@@ -198,6 +201,37 @@ class HookState:
         """
         self.load_state_dict(read_state(path, self.transport.rank, self.transport.world_size))
 
+    def stands_aside(self, ddp: DistributedDataParallel) -> bool:
+        """Whether gradients of `ddp` are best left to DDP itself, which then sends them uncompressed, without a hook.
+
+        Only by schedule auto, and measurement. All ranks ask together. Steps and bytes are counted by forward passes.
+        """
+        parameters = [p for p in ddp.module.parameters() if p.requires_grad]
+        auto = self.recipe.schedule == "auto" and not self.recipe.phases and self.recipe.adapt is None
+        if not auto or self.transport.world_size == 1 or not parameters:
+            return False
+        if not self._layouts.loses(parameters, int(ddp.bucket_bytes_cap)):
+            return False
+        numel, itemsize = sum(p.numel() for p in parameters), parameters[0].element_size()
+
+        @torch.compiler.disable
+        def count(module: Any, _: Any) -> None:
+            if torch.is_grad_enabled() and module.require_backward_grad_sync:
+                self._check_replicas()
+                self.step += 1
+                self._raw_bytes += raw_bytes(numel, self.transport.world_size)
+                self._sent_bytes += ring_bytes(numel, itemsize, self.transport.world_size)
+
+        ddp.register_forward_pre_hook(count)
+        if self.transport.rank == 0:
+            _log.warning(
+                "commq: schedule auto registers no hook: by measurement, compression of %d bytes of gradients with %s "
+                "would be slower than DDP's own all-reduce, so they travel uncompressed",
+                numel * itemsize,
+                self.recipe.format,
+            )
+        return True
+
     def exchange(self, grads: GradBucket) -> Tensor:
         """Average a bucket over the ranks, in place, and wait for it. On CUDA the current stream does."""
         future = self.start(grads)
@@ -275,11 +309,15 @@ class HookState:
             self.residual.zero_()
         module = self._module() if self._module is not None else None
         _check_join(module)
-        if module is not None and self.check_every and self.step and self.step % self.check_every == 0:
-            check_replicas(dict(module.module.named_parameters()), self.transport, self.step - 1)
+        self._check_replicas()
         if (module is None or getattr(module, "skip_all_reduce_unused_params", False)) and _in_backward():
             # DDP may leave out the last bucket; this runs before it waits for the others.
             Variable._execution_engine.queue_callback(functools.partial(self._end_backward, self.step, device))
+
+    def _check_replicas(self) -> None:
+        module = self._module() if self._module is not None else None
+        if module is not None and self.check_every and self.step and self.step % self.check_every == 0:
+            check_replicas(dict(module.module.named_parameters()), self.transport, self.step - 1)
 
     def _end_backward(self, step: int, device: torch.device) -> None:
         if self._bucket >= 0 and self.step == step:
@@ -326,6 +364,7 @@ def register(
     followed by the residuals (or call `handle.set_loss_scale` yourself). check_every: before every so many steps,
     compare the bits of all ranks' parameters; ReplicaError, the same on every rank, names the first that differs
     (0: never; it waits for the device). Returns the handle: `stats()`, `write()`, `state_dict()`, `load_state_dict()`.
+    Schedule "auto" measures first; where no bucket would gain, no hook is registered, and DDP goes on as it is.
     Raises ValueError, the same on every rank, if the ranks' recipes or check_every differ; TypeError if `ddp` is no
     DDP module.
     """
@@ -334,7 +373,8 @@ def register(
             f"register: got {type(ddp).__name__}, expected DistributedDataParallel; wrap the model in DDP first"
         )
     handle = HookState(recipe, ddp, grad_scaler=grad_scaler, backend=backend, check_every=check_every)
-    ddp.register_comm_hook(handle, comm_hook)
+    if not handle.stands_aside(ddp):
+        ddp.register_comm_hook(handle, comm_hook)
     return handle
 
 

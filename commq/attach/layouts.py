@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,6 +14,7 @@ from commq.attach.answer_residual import AnswerResidual
 from commq.attach.bucket import Bucket, Laid, Member, bind_answers, lay, make_bucket
 from commq.codecs.formats import get_format
 from commq.codecs.reference import Coding
+from commq.collectives import link
 from commq.collectives.hosts import find_hosts
 from commq.collectives.plan import RAW
 from commq.collectives.route import Route, find_route
@@ -22,6 +23,8 @@ from commq.feedback.residual import Residual
 from commq.policy.adaptation import Adaptation
 from commq.recipe import Recipe
 
+HOOK_NANOSECONDS = 100_000
+"""What calling a hook in Python takes of the host at least, for each bucket."""
 _log = logging.getLogger("commq")
 
 
@@ -90,24 +93,13 @@ class Layouts:
             if self.answer_residual is not None:
                 self.answer_residual.collect()
         self._check(parameters, buffer)
-        members, offset = [], 0
-        for p in parameters:
-            name, first_unit = self.member(p)
-            fmt, answer = self.recipe.formats_of(name, tuple(p.shape), p.numel(), phase)
-            fmt, answer = self.adaptation.now(fmt), self.adaptation.now(answer)
-            live = self._live.get(name) if fmt.kind != "raw" else None
-            numel = p.numel() if live is None else live.numel()
-            members.append(Member(name, offset, numel, fmt, answer, first_unit, live))
-            offset += p.numel()
+        members = self._members_of(parameters, phase)
         if self._two_levels is None:
             wants = self.recipe.schedule in ("two_hop", "auto")
             self._two_levels = wants and find_hosts(self.transport).has_two_levels
         schedule = self.recipe.schedule
         if schedule == "auto":
-            # Its sources decide; residuals and tables come with the bucket that is chosen.
-            unbound = Residual(self.recipe.feedback, self.recipe.format.block)
-            trial = self._bucket(members, torch.empty_like(buffer, device="meta"), unbound)
-            schedule = self._route("auto", trial, buffer.device).name
+            schedule = self._choose(members, buffer.numel(), buffer.dtype, buffer.device)
             if schedule == "plain":
                 # It travels as it stands, float32 as bfloat16: nothing to sort, and no residual.
                 raw = get_format("bf16" if buffer.dtype == torch.float32 else RAW[buffer.dtype])
@@ -123,6 +115,33 @@ class Layouts:
         self._known = {place: each for place, each in self._known.items() if place[1] == phase}
         self._known[grads.index(), phase] = known
         return known
+
+    def loses(self, parameters: Sequence[Tensor], nbytes: int) -> bool:
+        """Whether schedule auto gains nothing in any bucket, by measurement. All ranks together.
+
+        It asks about a bucket of `nbytes` and about one of all parameters. float32 that travels as bfloat16 may gain,
+        too, if that saves more time than a hook takes.
+        """
+        dtypes, devices = {p.dtype for p in parameters}, {p.device for p in parameters}
+        if len(dtypes) != 1 or len(devices) != 1 or not dtypes <= RAW.keys():
+            return False
+        (dtype,), (device,) = dtypes, devices
+        if self._two_levels is None:
+            self._two_levels = find_hosts(self.transport).has_two_levels
+        few: list[Tensor] = []
+        for p in reversed(parameters):  # as DDP fills its buckets
+            few.append(p)
+            if sum(p.numel() for p in few) * dtype.itemsize >= nbytes:
+                break
+        for some in (few, parameters):
+            numel = sum(p.numel() for p in some)
+            if self._choose(self._members_of(some, 0), numel, dtype, device) != "plain":
+                return False
+            if dtype == torch.float32:
+                as_it_is, narrow = (link.sums(self.transport, kind, device) for kind in (dtype, torch.bfloat16))
+                if as_it_is.nanoseconds(4 * numel) > narrow.nanoseconds(2 * numel) + HOOK_NANOSECONDS:
+                    return False
+        return True
 
     def forget(self) -> None:
         """The format has changed: make all buckets anew. Recipes that adapt have no residual of the answer."""
@@ -163,6 +182,24 @@ class Layouts:
             )
         else:
             _log.info("commq: schedule auto chose %s", chosen)
+
+    def _members_of(self, parameters: Sequence[Tensor], phase: int) -> list[Member]:
+        members, offset = [], 0
+        for p in parameters:
+            name, first_unit = self.member(p)
+            fmt, answer = self.recipe.formats_of(name, tuple(p.shape), p.numel(), phase)
+            fmt, answer = self.adaptation.now(fmt), self.adaptation.now(answer)
+            live = self._live.get(name) if fmt.kind != "raw" else None
+            numel = p.numel() if live is None else live.numel()
+            members.append(Member(name, offset, numel, fmt, answer, first_unit, live))
+            offset += p.numel()
+        return members
+
+    def _choose(self, members: list[Member], numel: int, dtype: torch.dtype, device: torch.device) -> str:
+        """By schedule auto. Sources decide; residuals and tables come with the bucket that is chosen."""
+        unbound = Residual(self.recipe.feedback, self.recipe.format.block)
+        trial = self._bucket(members, torch.empty(numel, dtype=dtype, device="meta"), unbound)
+        return self._route("auto", trial, device).name
 
     def _bucket(self, members: list[Member], buffer: Tensor, residual: Residual) -> Bucket:
         return make_bucket(

@@ -157,7 +157,9 @@ class C10d:
                 to = {(self.rank + k) % W for k in ahead} | ({self.rank} if first == 1 else set())
                 of = {(self.rank - k) % W for k in ahead} | ({self.rank} if first == 1 else set())
                 into = [recv[w][cut] if w in of else nothing for w in range(W)]
-                move = self._start("all_to_all", dist.all_to_all, into, [send[w][cut] if w in to else nothing for w in range(W)])
+                move = self._start(
+                    "all_to_all", dist.all_to_all, into, [send[w][cut] if w in to else nothing for w in range(W)]
+                )
         return move
 
     def _in_slices(self, send: Sequence[Tensor], recv: Sequence[Tensor], cuts: Iterable[slice]) -> Move:
