@@ -96,14 +96,15 @@ struct SmallInt {
 
   __device__ static __forceinline__ void values(Packed codes, float (&v)[8]) {
     constexpr float UNIT = 1.0f / MAX_CODE;
-    const uint32_t word = codes.low ^ (BIAS * ONES);
+    const uint32_t word = codes.low;
     // Elements j and j + 4 stand at the same bits of the two halves.
     const uint32_t pairs[2] = {Bits == 4 ? word : __byte_perm(word, 0, 0x4140), word >> 8};
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       const int shift = Bits == 4 ? 4 * (j % 2) : 2 * j;
-      const uint32_t mask = ((1u << Bits) - 1) * 0x00010001u << shift;
-      pair_values(pairs[Bits == 4 ? j / 2 : 0] & mask, shift, UNIT, BIAS * UNIT, v[j], v[j + 4]);
+      const uint32_t mask = ((1u << Bits) - 1) * 0x00010001u << shift, bias = BIAS * 0x00010001u << shift;
+      const uint32_t pair = masked_xor(pairs[Bits == 4 ? j / 2 : 0], mask, bias);
+      pair_values(pair, shift, UNIT, BIAS * UNIT, v[j], v[j + 4]);
     }
   }
 };

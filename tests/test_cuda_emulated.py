@@ -32,6 +32,11 @@ REPLACED = [
         'asm("max.NaN.f32 %0, %1, %2;" : "=f"(larger) : "f"(a), "f"(b));',
         "larger = a != a || b != b ? a + b : a > b ? a : b;",
     ),
+    (
+        "bits.cuh",
+        'asm("lop3.b32 %0, %1, %2, %3, 0x6A;" : "=r"(result) : "r"(word), "r"(mask), "r"(bits));',
+        "result = (word & mask) ^ bits;",
+    ),
     ("ops.cpp", "STABLE_TORCH_LIBRARY(commq, ops)", "STABLE_TORCH_LIBRARY(commq_emulated, ops)"),
     ("ops.cpp", "STABLE_TORCH_LIBRARY_IMPL(commq, CPU, ops)", "STABLE_TORCH_LIBRARY_IMPL(commq_emulated, CPU, ops)"),
 ]
