@@ -21,12 +21,15 @@ enum class Case { plain, residual, other };
 template <class Codec, bool Rotated>
 constexpr bool PLAIN_DRAWS = !Rotated && !std::is_same_v<Codec, Sign>;
 
-constexpr int encode_ctas(Case kind, bool rotated) {
-  return kind == Case::plain ? 6 : kind == Case::other ? 5 : rotated ? 2 : 4;
-}
+// CTAs of an SM. Signs read 16 bytes for one that they write: the more loads are under way the better.
+template <class Codec, Case Kind, bool Rotated>
+constexpr int ENCODE_CTAS = Kind == Case::plain   ? (std::is_same_v<Codec, Sign> && !Rotated ? 8 : 6)
+                            : Kind == Case::other ? 5
+                            : Rotated             ? 2
+                                                  : 4;
 
 template <class Codec, Case Kind, bool Rotated>
-__global__ void __launch_bounds__(THREADS, encode_ctas(Kind, Rotated))
+__global__ void __launch_bounds__(THREADS, ENCODE_CTAS<Codec, Kind, Rotated>)
     encode_bucket_kernel(const __grid_constant__ EncodeArgs args, int64_t first_row, bool some_aligned) {
   constexpr bool Residual = Kind == Case::residual, Plain = Kind == Case::plain;
   __shared__ EncodeMeetings meetings;
