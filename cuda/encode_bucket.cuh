@@ -13,6 +13,11 @@ struct EncodeMeetings {
   FeedbackMeetings feedback;
 };
 
+// The residual of a kernel that has none.
+struct Nothing {
+  __device__ __forceinline__ Nothing(const EncodeArgs&, const Place&) {}
+};
+
 // What an instantiation may leave out. The usual call (plain: bfloat16, aligned rows, no residual) needs so few
 // registers that an SM holds more CTAs, with more loads under way.
 enum class Case { plain, residual, other };
@@ -45,12 +50,9 @@ __global__ void __launch_bounds__(THREADS, ENCODE_CTAS<Codec, Kind, Rotated>)
   const Random random = Plain && !PLAIN_DRAWS<Codec, Rotated> ? Random{} : args.random;
 
   float h[V], e[V], y[V];
-  float old_scale = 0.0f;
+  [[maybe_unused]] const std::conditional_t<Residual, OldResidual, Nothing> old(args, at);
   load(args.x, Plain ? Dtype::bf16 : args.x_dtype, at, h);
-  if constexpr (Residual) {
-    old_scale = residual_scale(args, at);
-    load_residual(args, at, old_scale, e);
-  }
+  if constexpr (Residual) old.decode(args, at, e);
   zero_padding(row, layout, IS_LEVELS<Codec> ? code_bits(layout.format) : Codec::BITS);
   if (args.prescale != 1.0f) {
 #pragma unroll
@@ -79,7 +81,7 @@ __global__ void __launch_bounds__(THREADS, ENCODE_CTAS<Codec, Kind, Rotated>)
 #pragma unroll
     for (int j = 0; j < V; ++j) h[j] = __fmul_rn(__fadd_rn(h[j], -y[j]), args.gain);
     if (args.decay != 0.0f) {
-      load_residual(args, at, old_scale, e);  // again, rather than keep it in registers all the time
+      old.decode(args, at, e);  // again, rather than keep it in registers all the time
 #pragma unroll
       for (int j = 0; j < V; ++j) h[j] = __fadd_rn(__fmul_rn(e[j], args.decay), h[j]);
     }
