@@ -84,7 +84,8 @@ __global__ void __launch_bounds__(THREADS, std::is_same_v<Codec, Raw> ? 2 : 3)
   const Place at = place_in_row(answer.chunk_numel, i, aligned);
   if constexpr (IS_LEVELS<Codec>) Codec::prepare(args.layout);
   float x[V], sent[V];
-  sum_messages<Codec, (MESSAGES<Codec> + 1) / 2>(args, args.layout.scale, inside ? i : 0, aligned, x);
+  constexpr int COUNT = MESSAGES<Codec> < 4 ? MESSAGES<Codec> : 4;  // the answer of any format takes registers too
+  sum_messages<Codec, COUNT>(args, args.layout.scale, inside ? i : 0, aligned, x);
   divide(x, args.divisor);
   if (args.residual != nullptr) {
     load(args.residual, Dtype::f32, at, sent);  // the old residual; overwritten by what is sent

@@ -219,8 +219,13 @@ const float* signs_of(const std::optional<Tensor>& signs, int64_t rotation, cons
 constexpr int64_t CODING = 4;
 
 Random random_of(const Numbers& call) {
-  return {(call[0] & 1) != 0, static_cast<uint32_t>(call[1]), static_cast<uint32_t>(call[2]),
-          static_cast<uint64_t>(call[3])};
+  Random random{(call[0] & 1) != 0, static_cast<uint32_t>(call[1]), static_cast<uint32_t>(call[2]),
+                static_cast<uint64_t>(call[3]), {}};
+  for (uint32_t k = 0; random.stochastic && k < 10; ++k) {
+    random.keys[2 * k] = random.seed + k * 0x9E3779B9u;
+    random.keys[2 * k + 1] = random.stream + k * 0xBB67AE85u;
+  }
+  return random;
 }
 
 // call: coding, layout.

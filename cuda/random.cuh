@@ -11,7 +11,7 @@ struct Draw {
 
   // eighth: number of the first of the 8 elements in the global numbering, divided by 8.
   __device__ __forceinline__ Draw(const Random& random, uint64_t eighth)
-      : philox(eighth, random.step, random.seed, random.stream) {}
+      : philox(eighth, random.step, random.keys) {}
 
   __device__ __forceinline__ uint32_t half_word(int j) const {
     const uint32_t word = philox.words[j / 2];
