@@ -27,8 +27,8 @@ __device__ __forceinline__ void divide(float (&x)[V], float divisor) {
   }
 }
 
-// x += `Count` messages, or x = their sum if they are the first, from `row` on, all of whose loads come first. All lanes
-// take part.
+// x += `Count` messages, or x = their sum if they are the first, from `row` on, all of whose loads come first.
+// All lanes take part.
 template <class Codec, int Count, bool First>
 __device__ __forceinline__ void add_messages(const Layout& layout, ScaleId kind, const uint8_t* row, const Offsets& at,
                                              bool aligned, float (&x)[V]) {
@@ -54,8 +54,9 @@ __device__ __forceinline__ void sum_messages(const DecodeSumEncodeArgs& args, Sc
   const uint8_t* row = args.wire;
   int64_t left = layout.rows;
   if (aligned && left >= Count) {  // a branch of its own, so that no load waits for the other way of loading
+    const int64_t step = Count * layout.row_stride;
     add_messages<Codec, Count, true>(layout, kind, row, at, true, x);
-    for (left -= Count, row += Count * layout.row_stride; left >= Count; left -= Count, row += Count * layout.row_stride)
+    for (left -= Count, row += step; left >= Count; left -= Count, row += step)
       add_messages<Codec, Count, false>(layout, kind, row, at, true, x);
   } else {
     add_messages<Codec, 1, true>(layout, kind, row, at, aligned, x);

@@ -68,9 +68,9 @@ __device__ __forceinline__ float mean_magnitude(const float (&h)[V], float amax,
   return fminf(__fmul_rn(__fdiv_rn(total, static_cast<float>(max(valid, 1))), down), amax);
 }
 
-// The usual mean of whole blocks, from one reduction; false, for all threads that meet, if one of them needs the rules for
-// padding, for numbers that are not finite and for sums that are tiny or huge. A sum up to 4096 * amax that is in range
-// says that amax is within mean_magnitude's bounds. Rounding keeps order, so a sum of 2**k magnitudes is at most
+// The usual mean of whole blocks, from one reduction; false, for all threads that meet, if one of them needs the rules
+// for padding, for numbers that are not finite, or for sums that are tiny or huge. A sum in range says that amax is in
+// mean_magnitude's range: it is at least sum / 4096. Rounding keeps order, so a sum of 2**k magnitudes is at most
 // 2**k * amax, and the mean at most amax.
 __device__ __forceinline__ bool usual_mean(const float (&h)[V], bool whole, int block, Meeting& meeting, float& mean) {
   const float sum = whole ? sum_magnitudes(h) : as_float(0x7FC00000u);
@@ -103,8 +103,9 @@ __device__ __forceinline__ BlockScale find_scale(const float (&h)[V], const Layo
   if constexpr (std::is_same_v<Codec, Sign>) {
     if (!random.stochastic) {
       const int valid = valid_elements(layout, blocks, to);
+      const bool whole = !to.inside || valid == layout.block;
       float mean;
-      if (usual_mean(h, valid == layout.block, layout.block, meetings.usual_sum, mean))
+      if (usual_mean(h, whole, layout.block, meetings.usual_sum, mean))
         return plain_scale(layout.scale, mean, false, true);
       const float amax = reduce_max(max_magnitude(h), threads, meetings.max);
       const bool marked = !finite(amax);

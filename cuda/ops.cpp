@@ -215,7 +215,7 @@ const float* signs_of(const std::optional<Tensor>& signs, int64_t rotation, cons
   return static_cast<const float*>(pointer);
 }
 
-// A coding's numbers: twice the run length of the rotation, or 0, plus whether rounding is stochastic; seed, stream, step.
+// A coding's numbers: twice the run length of the rotation, or 0, plus 1 if rounding is stochastic; seed, stream, step.
 constexpr int64_t CODING = 4;
 
 Random random_of(const Numbers& call) {
@@ -333,7 +333,7 @@ void implement(torch::stable::detail::StableLibrary& ops) {
 }  // namespace
 
 STABLE_TORCH_LIBRARY(commq, ops) {
-  // Defaults where they are what is passed: an argument that is left out costs Python a third.
+  // An argument that is left out costs a third of one that is passed.
   ops.def(
       "encode_bucket(Tensor x, Tensor(a!) wire, int[] call, float prescale=1.0, Tensor(b!)? residual=None, "
       "Tensor(c!)? residual_scales=None, float decay=0.0, Tensor? signs=None, Tensor? ids=None, Tensor? valid=None) "
