@@ -28,6 +28,13 @@ __device__ __forceinline__ uint32_t nearest_integer(float t) { return bits_of(__
 // MAGIC_BITS + the largest integer <= t; |t| < 2**22.
 __device__ __forceinline__ uint32_t floor_integer(float t) { return bits_of(__fadd_rd(t, MAGIC)); }
 
+// word & mask ^ bits in one instruction: the compiler makes it two, to share the first among several masks.
+__device__ __forceinline__ uint32_t masked_xor(uint32_t word, uint32_t mask, uint32_t bits) {
+  uint32_t result;
+  asm("lop3.b32 %0, %1, %2, %3, 0x6A;" : "=r"(result) : "r"(word), "r"(mask), "r"(bits));
+  return result;
+}
+
 // a, b, c, d below 256: a | b << 8 | c << 16 | d << 24, from the low bytes of the words.
 __device__ __forceinline__ uint32_t low_bytes(uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
   return __byte_perm(__byte_perm(a, b, 0x0040), __byte_perm(c, d, 0x0040), 0x5410);

@@ -18,19 +18,29 @@ struct Meeting {
 };
 
 // op over `threads` neighbours (a power of two), nearest pairs first, so that a sum is the specification's tree.
-template <class Op>
-__device__ __forceinline__ float reduce(float value, int threads, Meeting& meeting, Op op) {
+// Returns whether `usual` holds of the parts of all warps of the CTA, or, if threads <= 32, of the results in the warp.
+template <class Op, class Usual>
+__device__ __forceinline__ bool reduce_if(float value, int threads, Meeting& meeting, Usual usual, Op op,
+                                          float& result) {
 #pragma unroll
   for (int distance = 1; distance < 32; distance *= 2)
     if (threads > distance) value = op(value, __shfl_xor_sync(ALL, value, distance));
-  if (threads > 32) {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = threads / 32;
-    if (lane == 0) meeting.warps[warp] = value;
-    __syncthreads();
-    value = meeting.warps[(warp & -warps) + (lane & (warps - 1))];
-    for (int distance = 1; distance < warps; distance *= 2)
-      value = op(value, __shfl_xor_sync(ALL, value, distance));
-  }
+  result = value;
+  if (threads <= 32) return __all_sync(ALL, usual(value));
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = threads / 32;
+  if (lane == 0) meeting.warps[warp] = value;
+  __syncthreads();
+  const bool all_usual = __all_sync(ALL, usual(meeting.warps[lane % WARPS]));
+  value = meeting.warps[(warp & -warps) + (lane & (warps - 1))];
+  for (int distance = 1; distance < warps; distance *= 2)
+    value = op(value, __shfl_xor_sync(ALL, value, distance));
+  result = value;
+  return all_usual;
+}
+
+template <class Op>
+__device__ __forceinline__ float reduce(float value, int threads, Meeting& meeting, Op op) {
+  reduce_if(value, threads, meeting, [](float) { return true; }, op, value);
   return value;
 }
 
@@ -42,11 +52,16 @@ __device__ __forceinline__ float reduce_sum(float value, int threads, Meeting& m
   return reduce(value, threads, meeting, [](float a, float b) { return __fadd_rn(a, b); });
 }
 
+// The thread's largest |x|; NaN if one of them is.
 __device__ __forceinline__ float max_magnitude(const float (&x)[V]) {
-  float top = 0.0f;
+  float top[V / 2];
 #pragma unroll
-  for (int j = 0; j < V; ++j) top = max_or_nan(top, fabsf(x[j]));
-  return top;
+  for (int j = 0; j < V / 2; ++j) top[j] = max_or_nan(fabsf(x[2 * j]), fabsf(x[2 * j + 1]));
+#pragma unroll
+  for (int half = 1; half < V / 2; half *= 2)
+#pragma unroll
+    for (int j = 0; j < V / 2; j += 2 * half) top[j] = max_or_nan(top[j], top[j + half]);
+  return top[0];
 }
 
 }  // namespace commq::cuda

@@ -52,6 +52,7 @@ struct Random {
   uint32_t seed;
   uint32_t stream;
   uint64_t step;
+  uint32_t keys[20];  // of the rounds: seed + k * 0x9E3779B9 and stream + k * 0xBB67AE85, after each other
 };
 
 // Where a buffer's blocks stand in the global numbering; null: block g is number g, and numel says what is padding.

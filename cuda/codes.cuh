@@ -46,19 +46,20 @@ struct Int8 {
     uint32_t q[8];
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
-      const float u = __fadd_rn(t[j], draw.offset(j));
+      const float u = draw.added_to(t[j], j);
       q[j] = floor_integer(fminf(fmaxf(u, -MAX_CODE), MAX_CODE));
     }
     return pack(q);
   }
 
   __device__ static __forceinline__ void values(Packed codes, float (&v)[8]) {
+    // u = code + 128, 16 bits up: below 2**24 the bits n of a float32 are n * 2**-149, subnormal or not.
     constexpr float UNIT = 1.0f / MAX_CODE;
     const uint32_t word[2] = {codes.low ^ 0x80808080u, codes.high ^ 0x80808080u};
 #pragma unroll
-    for (int j = 0; j < 8; j += 4) {
-      pair_values(word[j / 4] & 0x00FF00FFu, 0, UNIT, 128.0f * UNIT, v[j], v[j + 2]);
-      pair_values(__byte_perm(word[j / 4], 0, 0x4341), 0, UNIT, 128.0f * UNIT, v[j + 1], v[j + 3]);
+    for (int j = 0; j < 8; ++j) {
+      const float u = as_float(__byte_perm(word[j / 4], 0, 0x4044 | (j % 4) << 8));
+      v[j] = __fmaf_rn(u, UNIT * 0x1p127f * 64.0f, -128.0f * UNIT);
     }
   }
 };
@@ -90,20 +91,21 @@ struct SmallInt {
   __device__ static __forceinline__ Packed stochastic(const float (&t)[8], const Draw& draw) {
     uint32_t q[8];
 #pragma unroll
-    for (int j = 0; j < 8; ++j) q[j] = floor_integer(__fadd_rn(t[j], draw.offset(j)));
+    for (int j = 0; j < 8; ++j) q[j] = floor_integer(draw.added_to(t[j], j));
     return pack(q);
   }
 
   __device__ static __forceinline__ void values(Packed codes, float (&v)[8]) {
     constexpr float UNIT = 1.0f / MAX_CODE;
-    const uint32_t word = codes.low ^ (BIAS * ONES);
+    const uint32_t word = codes.low;
     // Elements j and j + 4 stand at the same bits of the two halves.
     const uint32_t pairs[2] = {Bits == 4 ? word : __byte_perm(word, 0, 0x4140), word >> 8};
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       const int shift = Bits == 4 ? 4 * (j % 2) : 2 * j;
-      const uint32_t mask = ((1u << Bits) - 1) * 0x00010001u << shift;
-      pair_values(pairs[Bits == 4 ? j / 2 : 0] & mask, shift, UNIT, BIAS * UNIT, v[j], v[j + 4]);
+      const uint32_t mask = ((1u << Bits) - 1) * 0x00010001u << shift, bias = BIAS * 0x00010001u << shift;
+      const uint32_t pair = masked_xor(pairs[Bits == 4 ? j / 2 : 0], mask, bias);
+      pair_values(pair, shift, UNIT, BIAS * UNIT, v[j], v[j + 4]);
     }
   }
 };
@@ -128,8 +130,8 @@ struct Sign {
     uint32_t codes = 0;
 #pragma unroll
     for (int j = 7; j >= 0; --j) {
-      const float u = __fadd_rn(__fadd_rn(__fmul_rn(t[j], 0.5f), 0.5f), draw.offset(j));
-      codes = (codes << 1) + floor_integer(u);
+      const float half = __fadd_rn(__fmul_rn(t[j], 0.5f), 0.5f);
+      codes = (codes << 1) + floor_integer(draw.added_to(half, j));
     }
     return {codes - MAGIC_BITS * 0xFFu, 0};
   }
@@ -160,10 +162,10 @@ struct SmallFloat {
     return first(bits) + (bits_of(__fadd_rn(fabsf(t), as_float(magic))) - magic);
   }
 
-  __device__ static __forceinline__ uint32_t stochastic(float t, float offset) {
+  __device__ static __forceinline__ uint32_t stochastic(float t, const Draw& draw, int j) {
     const uint32_t bits = binade(t);
     const float ulps = __fmul_rn(fabsf(t), as_float(((254u + Mantissa) << 23) - bits));  // exact
-    return first(bits) + (floor_integer(__fadd_rn(ulps, offset)) - MAGIC_BITS);
+    return first(bits) + (floor_integer(draw.added_to(ulps, j)) - MAGIC_BITS);
   }
 };
 
@@ -204,7 +206,7 @@ struct Fp8 {
   __device__ static __forceinline__ Packed stochastic(const float (&t)[8], const Draw& draw) {
     uint32_t q[8];
 #pragma unroll
-    for (int j = 0; j < 8; ++j) q[j] = with_sign(Float::stochastic(t[j], draw.offset(j)), t[j]);
+    for (int j = 0; j < 8; ++j) q[j] = with_sign(Float::stochastic(t[j], draw, j), t[j]);
     return Int8::pack(q);
   }
 
@@ -259,7 +261,7 @@ struct E2M1 {
   __device__ static __forceinline__ Packed stochastic(const float (&t)[8], const Draw& draw) {
     uint32_t codes = 0;
 #pragma unroll
-    for (int j = 7; j >= 0; --j) codes = (codes << 4) + with_sign(Float::stochastic(t[j], draw.offset(j)), t[j]);
+    for (int j = 7; j >= 0; --j) codes = (codes << 4) + with_sign(Float::stochastic(t[j], draw, j), t[j]);
     return {codes, 0};
   }
 

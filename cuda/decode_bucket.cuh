@@ -18,8 +18,8 @@ __global__ void __launch_bounds__(THREADS, Rotated ? 5 : Plain ? 8 : 5)
   float x[V] = {};
   if (i < layout.chunk_numel) {
     Source<Codec> source;
-    source.load(args.wire + row * layout.row_stride, layout, source.offsets(layout, i), aligned);
-    source.decode(layout, x);
+    source.load(args.wire + row * layout.row_stride, layout, layout.scale, source.offsets(layout, i), aligned);
+    source.decode(layout.scale, x);
   }
   if constexpr (Rotated) {
     __shared__ Exchange exchange;

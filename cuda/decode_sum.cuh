@@ -6,17 +6,11 @@
 
 namespace commq::cuda {
 
-// Messages whose loads are under way at the same time, as many as registers allow.
+// Messages whose loads are under way at the same time, as many as the registers of the usual call allow.
 template <class Codec>
 constexpr int MESSAGES = Codec::FLOAT ? 4 : 8;
 template <>
 constexpr int MESSAGES<Raw> = 1;
-
-// A sum starts at -0, to which adding changes no number, not even -0.
-__device__ __forceinline__ void start_sum(float (&x)[V]) {
-#pragma unroll
-  for (int j = 0; j < V; ++j) x[j] = -0.0f;
-}
 
 // IEEE division; by a power of two it is an exact multiplication.
 __device__ __forceinline__ void divide(float (&x)[V], float divisor) {
@@ -33,29 +27,43 @@ __device__ __forceinline__ void divide(float (&x)[V], float divisor) {
   }
 }
 
-// x += `Count` messages, from `row` on, all of whose loads come first.
-template <class Codec, int Count>
-__device__ __forceinline__ void add_messages(const Layout& layout, const uint8_t* row, const Offsets& at, bool aligned,
-                                             float (&x)[V]) {
+// x += `Count` messages, or x = their sum if they are the first, from `row` on, all of whose loads come first.
+// All lanes take part.
+template <class Codec, int Count, bool First>
+__device__ __forceinline__ void add_messages(const Layout& layout, ScaleId kind, const uint8_t* row, const Offsets& at,
+                                             bool aligned, float (&x)[V]) {
   Source<Codec> sources[Count];
 #pragma unroll
-  for (int k = 0; k < Count; ++k) sources[k].load(row + k * layout.row_stride, layout, at, aligned);
+  for (int k = 0; k < Count; ++k) sources[k].load(row + k * layout.row_stride, layout, kind, at, aligned);
+  if (Count > 1) __syncwarp();  // else the compiler delays loads to save registers, and waits for each
 #pragma unroll
-  for (int k = 0; k < Count; ++k) sources[k].add(layout, x);
+  for (int k = 0; k < Count; ++k) {
+    float message[V];
+    sources[k].decode(kind, message);
+#pragma unroll
+    for (int j = 0; j < V; ++j) x[j] = First && k == 0 ? message[j] : __fadd_rn(x[j], message[j]);
+  }
 }
 
-// x += the messages, in order.
-template <class Codec>
-__device__ __forceinline__ void sum_messages(const DecodeSumEncodeArgs& args, int64_t i, bool aligned, float (&x)[V]) {
-  constexpr int COUNT = MESSAGES<Codec>;
+// x = the sum of the messages, in order, of which there is at least one: `Count` at a time. All lanes take part.
+template <class Codec, int Count>
+__device__ __forceinline__ void sum_messages(const DecodeSumEncodeArgs& args, ScaleId kind, int64_t i, bool aligned,
+                                             float (&x)[V]) {
   const Layout& layout = args.layout;
   const Offsets at = Source<Codec>::offsets(layout, i);
   const uint8_t* row = args.wire;
   int64_t left = layout.rows;
-  if (aligned)  // a branch of its own, so that no load waits for the other way of loading
-    for (; left >= COUNT; left -= COUNT, row += COUNT * layout.row_stride)
-      add_messages<Codec, COUNT>(layout, row, at, true, x);
-  for (; left > 0; --left, row += layout.row_stride) add_messages<Codec, 1>(layout, row, at, aligned, x);
+  if (aligned && left >= Count) {  // a branch of its own, so that no load waits for the other way of loading
+    const int64_t step = Count * layout.row_stride;
+    add_messages<Codec, Count, true>(layout, kind, row, at, true, x);
+    for (left -= Count, row += step; left >= Count; left -= Count, row += step)
+      add_messages<Codec, Count, false>(layout, kind, row, at, true, x);
+  } else {
+    add_messages<Codec, 1, true>(layout, kind, row, at, aligned, x);
+    --left, row += layout.row_stride;
+  }
+  for (; left > 0; --left, row += layout.row_stride)
+    add_messages<Codec, 1, false>(layout, kind, row, at, aligned, x);
 }
 
 // Encode x as the answer; `sent` is what it decodes to, if there is a residual to keep.
@@ -77,11 +85,9 @@ __global__ void __launch_bounds__(THREADS, std::is_same_v<Codec, Raw> ? 2 : 3)
   const Place at = place_in_row(answer.chunk_numel, i, aligned);
   if constexpr (IS_LEVELS<Codec>) Codec::prepare(args.layout);
   float x[V], sent[V];
-  start_sum(x);
-  if (inside) {
-    sum_messages<Codec>(args, i, aligned, x);
-    divide(x, args.divisor);
-  }
+  constexpr int COUNT = MESSAGES<Codec> < 4 ? MESSAGES<Codec> : 4;  // the answer of any format takes registers too
+  sum_messages<Codec, COUNT>(args, args.layout.scale, inside ? i : 0, aligned, x);
+  divide(x, args.divisor);
   if (args.residual != nullptr) {
     load(args.residual, Dtype::f32, at, sent);  // the old residual; overwritten by what is sent
 #pragma unroll
@@ -131,11 +137,11 @@ __global__ void __launch_bounds__(THREADS, 4)
   const int64_t i = thread_element();
   const bool inside = i < answer.chunk_numel;
   float x[V];
-  start_sum(x);
-  if (inside) {
-    sum_messages<Codec>(args, i, true, x);
-    divide(x, args.divisor);
-  }
+  if (args.layout.scale == ScaleId::fp32)  // a branch of its own, with nothing to choose
+    sum_messages<Codec, MESSAGES<Codec>>(args, ScaleId::fp32, inside ? i : 0, true, x);
+  else
+    sum_messages<Codec, MESSAGES<Codec>>(args, args.layout.scale, inside ? i : 0, true, x);
+  divide(x, args.divisor);
   if constexpr (std::is_same_v<Answer, Raw>) {
 #pragma unroll
     for (int j = 0; j < V; ++j)

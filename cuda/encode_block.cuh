@@ -24,6 +24,7 @@ struct Sent {
 
 struct BlockMeetings {
   Meeting max, sum;
+  Meeting usual_sum;        // of sign
   Meeting product, square;  // of levels
 };
 
@@ -41,6 +42,18 @@ __device__ __forceinline__ void zero_padding(uint8_t* row, const Layout& layout,
   if (at < end) row[at] = 0;
 }
 
+// The sum of the thread's |h|.
+__device__ __forceinline__ float sum_magnitudes(const float (&h)[V]) {
+  float part[V / 2];
+#pragma unroll
+  for (int j = 0; j < V / 2; ++j) part[j] = __fadd_rn(fabsf(h[2 * j]), fabsf(h[2 * j + 1]));
+#pragma unroll
+  for (int half = 1; half < V / 2; half *= 2)
+#pragma unroll
+    for (int j = 0; j < V / 2; j += 2 * half) part[j] = __fadd_rn(part[j], part[j + half]);
+  return part[0];
+}
+
 // Mean |h| of the first `valid` elements of a block; never overflows, at most amax. h is finite and holds elements
 // first, first + 1, ... of the block.
 __device__ __forceinline__ float mean_magnitude(const float (&h)[V], float amax, int first, int valid, int threads,
@@ -50,22 +63,22 @@ __device__ __forceinline__ float mean_magnitude(const float (&h)[V], float amax,
   const float down = huge ? 0x1p16f : amax < 1.0f / LIFT ? 1.0f / LIFT : 1.0f;
   float part[V];
 #pragma unroll
-  for (int j = 0; j < V; ++j) part[j] = fabsf(h[j]);
-  if (first + V > valid) {  // rare
-#pragma unroll
-    for (int j = 0; j < V; ++j)
-      if (first + j >= valid) part[j] = 0.0f;
-  }
-  if (up != 1.0f) {  // rare
-#pragma unroll
-    for (int j = 0; j < V; ++j) part[j] = __fmul_rn(part[j], up);
-  }
-#pragma unroll
-  for (int half = 1; half < V; half *= 2)
-#pragma unroll
-    for (int j = 0; j < V; j += 2 * half) part[j] = __fadd_rn(part[j], part[j + half]);
-  const float total = reduce_sum(part[0], threads, meeting);
+  for (int j = 0; j < V; ++j) part[j] = first + j < valid ? __fmul_rn(h[j], up) : 0.0f;
+  const float total = reduce_sum(sum_magnitudes(part), threads, meeting);
   return fminf(__fmul_rn(__fdiv_rn(total, static_cast<float>(max(valid, 1))), down), amax);
+}
+
+// The usual mean of whole blocks, from one reduction; false, for all threads that meet, if one of them needs the rules
+// for padding, for numbers that are not finite, or for sums that are tiny or huge. A sum in range says that amax is in
+// mean_magnitude's range: it is at least sum / 4096. Rounding keeps order, so a sum of 2**k magnitudes is at most
+// 2**k * amax, and the mean at most amax.
+__device__ __forceinline__ bool usual_mean(const float (&h)[V], bool whole, int block, Meeting& meeting, float& mean) {
+  const float sum = whole ? sum_magnitudes(h) : as_float(0x7FC00000u);
+  const auto usual = [](float part) { return part == 0.0f || (part >= 4096.0f / LIFT && part < LIFT / 16.0f); };
+  const auto add = [](float a, float b) { return __fadd_rn(a, b); };
+  const bool all_usual = reduce_if(sum, block / V, meeting, usual, add, mean);
+  mean = __fmul_rn(mean, as_float((127u - log2_of(block)) << 23));
+  return all_usual;
 }
 
 // Elements of the thread's block that are not padding.
@@ -87,6 +100,20 @@ template <class Codec>
 __device__ __forceinline__ BlockScale find_scale(const float (&h)[V], const Layout& layout, const Random& random,
                                                  const Blocks& blocks, const Target& to, BlockMeetings& meetings) {
   const int threads = layout.block / V;
+  if constexpr (std::is_same_v<Codec, Sign>) {
+    if (!random.stochastic) {
+      const int valid = valid_elements(layout, blocks, to);
+      const bool whole = !to.inside || valid == layout.block;
+      float mean;
+      if (usual_mean(h, whole, layout.block, meetings.usual_sum, mean))
+        return plain_scale(layout.scale, mean, false, true);
+      const float amax = reduce_max(max_magnitude(h), threads, meetings.max);
+      const bool marked = !finite(amax);
+      const int first = static_cast<int>(to.i) & (layout.block - 1);
+      mean = mean_magnitude(h, marked ? 0.0f : amax, first, valid, threads, meetings.sum);
+      return plain_scale(layout.scale, marked ? 0.0f : mean, marked, true);
+    }
+  }
   const float amax = reduce_max(max_magnitude(h), threads, meetings.max);
   const bool marked = !finite(amax);
   const float magnitude = marked ? 0.0f : amax;
@@ -99,14 +126,6 @@ __device__ __forceinline__ BlockScale find_scale(const float (&h)[V], const Layo
         if (distance >= threads && distance < layout.group / V)
           group = fmaxf(group, __shfl_xor_sync(ALL, group, distance));
       return e4m3_scale(magnitude, group, marked);
-    }
-  }
-  if constexpr (std::is_same_v<Codec, Sign>) {
-    if (!random.stochastic) {
-      const int valid = valid_elements(layout, blocks, to);
-      const int first = static_cast<int>(to.i) & (layout.block - 1);
-      const float mean = mean_magnitude(h, magnitude, first, valid, threads, meetings.sum);
-      return plain_scale(layout.scale, marked ? 0.0f : mean, marked, true);
     }
   }
   return plain_scale(layout.scale, magnitude, marked, false);

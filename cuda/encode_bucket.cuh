@@ -13,6 +13,11 @@ struct EncodeMeetings {
   FeedbackMeetings feedback;
 };
 
+// The residual of a kernel that has none.
+struct Nothing {
+  __device__ __forceinline__ Nothing(const EncodeArgs&, const Place&) {}
+};
+
 // What an instantiation may leave out. The usual call (plain: bfloat16, aligned rows, no residual) needs so few
 // registers that an SM holds more CTAs, with more loads under way.
 enum class Case { plain, residual, other };
@@ -21,12 +26,15 @@ enum class Case { plain, residual, other };
 template <class Codec, bool Rotated>
 constexpr bool PLAIN_DRAWS = !Rotated && !std::is_same_v<Codec, Sign>;
 
-constexpr int encode_ctas(Case kind, bool rotated) {
-  return kind == Case::plain ? 6 : kind == Case::other ? 5 : rotated ? 2 : 4;
-}
+// CTAs of an SM. Signs read 16 bytes for one that they write: the more loads are under way the better.
+template <class Codec, Case Kind, bool Rotated>
+constexpr int ENCODE_CTAS = Kind == Case::plain   ? (std::is_same_v<Codec, Sign> && !Rotated ? 8 : 6)
+                            : Kind == Case::other ? 5
+                            : Rotated             ? 2
+                                                  : 4;
 
 template <class Codec, Case Kind, bool Rotated>
-__global__ void __launch_bounds__(THREADS, encode_ctas(Kind, Rotated))
+__global__ void __launch_bounds__(THREADS, ENCODE_CTAS<Codec, Kind, Rotated>)
     encode_bucket_kernel(const __grid_constant__ EncodeArgs args, int64_t first_row, bool some_aligned) {
   constexpr bool Residual = Kind == Case::residual, Plain = Kind == Case::plain;
   __shared__ EncodeMeetings meetings;
@@ -42,12 +50,9 @@ __global__ void __launch_bounds__(THREADS, encode_ctas(Kind, Rotated))
   const Random random = Plain && !PLAIN_DRAWS<Codec, Rotated> ? Random{} : args.random;
 
   float h[V], e[V], y[V];
-  float old_scale = 0.0f;
+  [[maybe_unused]] const std::conditional_t<Residual, OldResidual, Nothing> old(args, at);
   load(args.x, Plain ? Dtype::bf16 : args.x_dtype, at, h);
-  if constexpr (Residual) {
-    old_scale = residual_scale(args, at);
-    load_residual(args, at, old_scale, e);
-  }
+  if constexpr (Residual) old.decode(args, at, e);
   zero_padding(row, layout, IS_LEVELS<Codec> ? code_bits(layout.format) : Codec::BITS);
   if (args.prescale != 1.0f) {
 #pragma unroll
@@ -76,7 +81,7 @@ __global__ void __launch_bounds__(THREADS, encode_ctas(Kind, Rotated))
 #pragma unroll
     for (int j = 0; j < V; ++j) h[j] = __fmul_rn(__fadd_rn(h[j], -y[j]), args.gain);
     if (args.decay != 0.0f) {
-      load_residual(args, at, old_scale, e);  // again, rather than keep it in registers all the time
+      old.decode(args, at, e);  // again, rather than keep it in registers all the time
 #pragma unroll
       for (int j = 0; j < V; ++j) h[j] = __fadd_rn(__fmul_rn(e[j], args.decay), h[j]);
     }

@@ -13,31 +13,33 @@ __device__ __forceinline__ Dtype residual_dtype(ResidualId kind) {
   return kind == ResidualId::f32 ? Dtype::f32 : Dtype::bf16;
 }
 
-// The scale of the thread's block of an int8 residual; 0 for other storage and where all is padding.
-__device__ __forceinline__ float residual_scale(const EncodeArgs& args, const Place& at) {
-  if (args.residual_kind != ResidualId::int8) return 0.0f;
-  const int64_t g = at.n >> log2_of(args.layout.block);
-  return at.valid > 0 ? args.residual_scales[g] : 0.0f;
-}
+// The residual as it was. That of int8 is loaded first, so that x need not wait for it, and kept as codes.
+struct OldResidual {
+  Codes codes{};
+  float scale = 0.0f;  // 0 where all is padding
 
-__device__ __forceinline__ void load_residual(const EncodeArgs& args, const Place& at, float scale, float (&e)[V]) {
-  if (args.residual_kind != ResidualId::int8) {
-    load(args.residual, residual_dtype(args.residual_kind), at, e);
-    return;
-  }
-  const uint8_t* codes = static_cast<const uint8_t*>(args.residual) + at.n;
-  Codes packed{};
-  if (at.whole()) {
-    packed = load_codes<8>(codes, true);
-  } else {
+  __device__ __forceinline__ OldResidual(const EncodeArgs& args, const Place& at) {
+    if (args.residual_kind != ResidualId::int8) return;
+    if (at.valid > 0) scale = args.residual_scales[at.n >> log2_of(args.layout.block)];
+    const uint8_t* bytes = static_cast<const uint8_t*>(args.residual) + at.n;
+    if (at.whole()) {
+      codes = load_codes<8>(bytes, true);
+    } else {
 #pragma unroll
-    for (int j = 0; j < V; ++j) {
-      Packed& half = packed.halves[j / 8];
-      if (j < at.valid) (j % 8 < 4 ? half.low : half.high) |= static_cast<uint32_t>(codes[j]) << (8 * (j % 4));
+      for (int j = 0; j < V; ++j) {
+        Packed& half = codes.halves[j / 8];
+        if (j < at.valid) (j % 8 < 4 ? half.low : half.high) |= static_cast<uint32_t>(bytes[j]) << (8 * (j % 4));
+      }
     }
   }
-  decode_block<Int8>(packed, scale, ScaleId::fp32, e);
-}
+
+  __device__ __forceinline__ void decode(const EncodeArgs& args, const Place& at, float (&e)[V]) const {
+    if (args.residual_kind == ResidualId::int8)
+      decode_block<Int8>(codes, scale, ScaleId::fp32, e);
+    else
+      load(args.residual, residual_dtype(args.residual_kind), at, e);
+  }
+};
 
 // Write e where what was sent is finite; `dropped` has bit j set where it is not and the old residual stays.
 template <bool Rotated>

@@ -74,12 +74,12 @@ __device__ __forceinline__ uint32_t count_below(float t, const float* edges, int
 }
 
 template <class Codec>
-__device__ __forceinline__ uint32_t random_level(float t, const Levels& levels, float offset) {
+__device__ __forceinline__ uint32_t random_level(float t, const Levels& levels, const Draw& draw, int j) {
   const uint32_t below = count_below(t, levels.levels + 1, levels.count);
   const uint32_t last = static_cast<uint32_t>(levels.count - 1);
   const float low = Codec::table()[below], step = __fadd_rn(Codec::table()[min(below + 1, last)], -low);
   const float up = step > 0.0f ? __fdiv_rn(__fadd_rn(t, -low), step) : 0.0f;
-  const int code = static_cast<int>(below + floor_integer(__fadd_rn(up, offset)) - MAGIC_BITS);
+  const int code = static_cast<int>(below + floor_integer(draw.added_to(up, j)) - MAGIC_BITS);
   return static_cast<uint32_t>(min(max(code, 0), static_cast<int>(last)));
 }
 
@@ -149,7 +149,7 @@ __device__ __forceinline__ Sent encode_levels(const float (&h)[V], const Layout&
         const Draw draw(random, eighth + half);
 #pragma unroll
         for (int j = 0; j < 8; ++j)
-          codes.halves[half].low |= random_level<Codec>(t[8 * half + j], layout.levels, draw.offset(j)) << (4 * j);
+          codes.halves[half].low |= random_level<Codec>(t[8 * half + j], layout.levels, draw, j) << (4 * j);
       }
     } else {
 #pragma unroll

@@ -52,16 +52,31 @@ struct Philox {
 #ifdef __CUDACC__
 #pragma unroll
 #endif
-    for (int round = 0; round < 10; ++round) {
-      const uint64_t p0 = static_cast<uint64_t>(0xD2511F53u) * words[0];
-      const uint64_t p1 = static_cast<uint64_t>(0xCD9E8D57u) * words[2];
-      words[0] = static_cast<uint32_t>(p1 >> 32) ^ words[1] ^ key0;
-      words[2] = static_cast<uint32_t>(p0 >> 32) ^ words[3] ^ key1;
-      words[1] = static_cast<uint32_t>(p1);
-      words[3] = static_cast<uint32_t>(p0);
+    for (int k = 0; k < 10; ++k) {
+      round(key0, key1);
       key0 += 0x9E3779B9u;
       key1 += 0xBB67AE85u;
     }
+  }
+
+  // With the keys of all rounds, which a kernel finds among its arguments.
+  COMMQ_HOST_DEVICE Philox(uint64_t element, uint64_t step, const uint32_t (&keys)[20])
+      : words{static_cast<uint32_t>(element), static_cast<uint32_t>(element >> 32), static_cast<uint32_t>(step),
+              static_cast<uint32_t>(step >> 32)} {
+#ifdef __CUDACC__
+#pragma unroll
+#endif
+    for (int k = 0; k < 10; ++k) round(keys[2 * k], keys[2 * k + 1]);
+  }
+
+ private:
+  COMMQ_HOST_DEVICE void round(uint32_t key0, uint32_t key1) {
+    const uint64_t p0 = static_cast<uint64_t>(0xD2511F53u) * words[0];
+    const uint64_t p1 = static_cast<uint64_t>(0xCD9E8D57u) * words[2];
+    words[0] = static_cast<uint32_t>(p1 >> 32) ^ words[1] ^ key0;
+    words[2] = static_cast<uint32_t>(p0 >> 32) ^ words[3] ^ key1;
+    words[1] = static_cast<uint32_t>(p1);
+    words[3] = static_cast<uint32_t>(p0);
   }
 };
 

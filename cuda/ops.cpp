@@ -109,60 +109,64 @@ float float_of(int64_t bits) {
   return x;
 }
 
-// `numbers` from the 11th on: fit, bits of 1 / spread**2, and of each level.
-Levels levels_of(const Numbers& numbers, const char* name) {
-  const int64_t count = static_cast<int64_t>(numbers.size()) - 12, bits = numbers[0] - 11;
-  STD_TORCH_CHECK(count >= 2 && count <= 1 << bits && numbers[10] >= 0 && numbers[10] <= 2, name, ": ", count,
-                  " levels with fit ", numbers[10], ", expected 2 to ", 1 << bits, " and fit 0 to 2");
+// `numbers` from the 8th on: fit, bits of 1 / spread**2, and of each level.
+Levels levels_of(const int64_t* numbers, int64_t size, const Layout& layout, const char* name) {
+  const int64_t count = size - 9, bits = code_bits(layout.format);
+  STD_TORCH_CHECK(count >= 2 && count <= 1 << bits && numbers[7] >= 0 && numbers[7] <= 2, name, ": ", count,
+                  " levels with fit ", numbers[7], ", expected 2 to ", 1 << bits, " and fit 0 to 2");
   Levels table{};
   table.count = static_cast<int32_t>(count);
-  table.fit = static_cast<FitId>(numbers[10]);
-  table.spread = static_cast<float>(numbers[2]) * float_of(numbers[11]);
-  for (int64_t k = 0; k < 16; ++k) table.levels[k] = float_of(numbers[12 + (k < count ? k : count - 1)]);
+  table.fit = static_cast<FitId>(numbers[7]);
+  table.spread = static_cast<float>(layout.block) * float_of(numbers[8]);
+  for (int64_t k = 0; k < 16; ++k) table.levels[k] = float_of(numbers[9 + (k < count ? k : count - 1)]);
   for (int64_t k = 0; k < 15; ++k)
     table.edges[k] = k + 1 < count ? (table.levels[k] + table.levels[k + 1]) * 0.5f
                                    : std::numeric_limits<float>::infinity();
   return table;
 }
 
-// `numbers`: format, scale, block, group, numel, chunks, chunk_numel, scales_offset, groups_offset, chunk_bytes; and
-// what levels_of takes, for formats with levels.
+// All numbers of a call are in one list, since a list costs the host as much as ten numbers in it, and a number of its
+// own as much as six. `call` from `first` on: format, scale, block and group as 16-bit fields of one; numel, chunks,
+// chunk_numel, scales_offset, groups_offset, chunk_bytes; and what levels_of takes, for formats with levels.
 // `wire` has one row for each chunk, or, if `messages`, any number of messages about one chunk.
-Layout layout_of(const Numbers& numbers, const Tensor& wire, const char* name, const Device& device, bool messages) {
-  const bool leveled = numbers.size() > 12;
-  STD_TORCH_CHECK(numbers.size() == 10 || leveled, name, ": a layout is 10 numbers, or more than 12, found ",
-                  numbers.size());
+Layout layout_of(const Numbers& call, int64_t first, const Tensor& wire, const char* name, const Device& device,
+                 bool messages) {
+  const int64_t* numbers = call.data() + first;
+  const int64_t size = static_cast<int64_t>(call.size()) - first;
+  const bool leveled = size > 9;
+  STD_TORCH_CHECK(size == 7 || leveled, name, ": a layout is 7 numbers, or more than 9, found ", size);
+  const int64_t format = numbers[0] & 0xFFFF, scale = numbers[0] >> 16 & 0xFFFF;
   Layout layout{};
-  layout.format = static_cast<FormatId>(numbers[0]);
-  layout.scale = static_cast<ScaleId>(numbers[1]);
-  layout.block = static_cast<int32_t>(numbers[2]);
-  layout.group = static_cast<int32_t>(numbers[3]);
-  layout.numel = numbers[4];
-  layout.chunk_numel = numbers[6];
-  layout.scales_offset = numbers[7];
-  layout.groups_offset = numbers[8];
-  layout.chunk_bytes = numbers[9];
+  layout.format = static_cast<FormatId>(format);
+  layout.scale = static_cast<ScaleId>(scale);
+  layout.block = static_cast<int32_t>(numbers[0] >> 32 & 0xFFFF);
+  layout.group = static_cast<int32_t>(numbers[0] >> 48 & 0xFFFF);
+  layout.numel = numbers[1];
+  layout.chunk_numel = numbers[3];
+  layout.scales_offset = numbers[4];
+  layout.groups_offset = numbers[5];
+  layout.chunk_bytes = numbers[6];
 
-  const int64_t chunks = numbers[5], C = layout.chunk_numel;
+  const int64_t chunks = numbers[2], C = layout.chunk_numel;
   const auto last = static_cast<int64_t>(leveled ? FormatId::levels4 : FormatId::nvfp4);
-  STD_TORCH_CHECK(numbers[0] >= 0 && numbers[0] <= last && is_levels(layout.format) == leveled && numbers[1] >= 0 &&
-                      numbers[1] <= static_cast<int64_t>(ScaleId::e4m3),
-                  name, ": format ", numbers[0], " with scale ", numbers[1], " is unknown");
+  STD_TORCH_CHECK(format <= last && is_levels(layout.format) == leveled &&
+                      scale <= static_cast<int64_t>(ScaleId::e4m3),
+                  name, ": format ", format, " with scale ", scale, " is unknown");
   STD_TORCH_CHECK(layout.numel >= 0 && C >= 0 && chunks >= 1 && C <= INT64_MAX / 64 / chunks &&
                       layout.numel <= chunks * C,
                   name, ": ", layout.numel, " elements do not fit ", chunks, " chunks of ", C);
-  if (leveled) layout.levels = levels_of(numbers, name);
+  if (leveled) layout.levels = levels_of(numbers, size, layout, name);
   if (!is_raw(layout.format)) {
-    STD_TORCH_CHECK(is_power(numbers[2], 16, 4096) && C % layout.block == 0, name, ": block ", numbers[2],
+    STD_TORCH_CHECK(is_power(layout.block, 16, 4096) && C % layout.block == 0, name, ": block ", layout.block,
                     " does not divide chunks of ", C, " elements");
     const bool grouped = layout.format == FormatId::nvfp4;
-    STD_TORCH_CHECK(grouped ? numbers[3] == (layout.block > 256 ? layout.block : 256) && C % numbers[3] == 0
-                            : numbers[3] == 0,
-                    name, ": group ", numbers[3], " does not suit the format");
+    STD_TORCH_CHECK(grouped ? layout.group == (layout.block > 256 ? layout.block : 256) && C % layout.group == 0
+                            : layout.group == 0,
+                    name, ": group ", layout.group, " does not suit the format");
     const bool mx = layout.format == FormatId::mxfp8 || layout.format == FormatId::mxfp4;
     const bool plain = layout.scale == ScaleId::fp32 || layout.scale == ScaleId::bf16;
     STD_TORCH_CHECK(mx ? layout.scale == ScaleId::e8m0 : grouped ? layout.scale == ScaleId::e4m3 : plain, name,
-                    ": scale ", numbers[1], " does not suit format ", numbers[0]);
+                    ": scale ", scale, " does not suit format ", format);
     const int64_t scales = C / layout.block * scale_bytes(layout.scale);
     const int64_t groups = grouped ? C / layout.group * 4 : 0;
     STD_TORCH_CHECK(layout.scales_offset >= C * code_bits(layout.format) / 8 &&
@@ -211,21 +215,27 @@ const float* signs_of(const std::optional<Tensor>& signs, int64_t rotation, cons
   return static_cast<const float*>(pointer);
 }
 
-// `coding`: run length of the rotation or 0, whether rounding is stochastic, seed, stream, step. One list of them is
-// cheaper for the host than five arguments.
-Random random_of(const Numbers& coding) {
-  STD_TORCH_CHECK(coding.size() == 5, "a coding is 5 numbers, found ", coding.size());
-  return {coding[1] != 0, static_cast<uint32_t>(coding[2]), static_cast<uint32_t>(coding[3]),
-          static_cast<uint64_t>(coding[4])};
+// A coding's numbers: twice the run length of the rotation, or 0, plus 1 if rounding is stochastic; seed, stream, step.
+constexpr int64_t CODING = 4;
+
+Random random_of(const Numbers& call) {
+  Random random{(call[0] & 1) != 0, static_cast<uint32_t>(call[1]), static_cast<uint32_t>(call[2]),
+                static_cast<uint64_t>(call[3]), {}};
+  for (uint32_t k = 0; random.stochastic && k < 10; ++k) {
+    random.keys[2 * k] = random.seed + k * 0x9E3779B9u;
+    random.keys[2 * k + 1] = random.stream + k * 0xBB67AE85u;
+  }
+  return random;
 }
 
-void encode_bucket(const Tensor& x, const Tensor& wire, const Numbers& numbers, const Numbers& coding, double prescale,
+// call: coding, layout.
+void encode_bucket(const Tensor& x, const Tensor& wire, const Numbers& call, double prescale,
                    const std::optional<Tensor>& residual, const std::optional<Tensor>& residual_scales, double decay,
                    const std::optional<Tensor>& signs, const std::optional<Tensor>& ids,
                    const std::optional<Tensor>& valid) {
   const Device device(x);
   EncodeArgs args{};
-  args.layout = layout_of(numbers, wire, "wire", device, false);
+  args.layout = layout_of(call, CODING, wire, "wire", device, false);
   args.wire = static_cast<uint8_t*>(wire.data_ptr());
   const int64_t numel = args.layout.numel;
   STD_TORCH_CHECK(x.numel() == numel, "x: found ", x.numel(), " elements, expected ", numel);
@@ -250,60 +260,65 @@ void encode_bucket(const Tensor& x, const Tensor& wire, const Numbers& numbers, 
   }
   args.decay = static_cast<float>(decay);
   args.gain = static_cast<float>(1.0 - decay);
-  args.random = random_of(coding);
-  args.rotation = static_cast<int32_t>(coding[0]);
-  args.signs = signs_of(signs, coding[0], args.layout, device);
+  args.random = random_of(call);
+  args.rotation = static_cast<int32_t>(call[0] >> 1);
+  args.signs = signs_of(signs, call[0] >> 1, args.layout, device);
   args.blocks = blocks_of(ids, valid, args.layout, args.layout.rows, -1, device);
   COMMQ_RUN(encode_bucket, device, args);
 }
 
-void decode_bucket(const Tensor& wire, const Numbers& numbers, const Tensor& out, int64_t rotation,
-                   const std::optional<Tensor>& signs, bool accumulate) {
+// call: run length of the rotation or 0, layout.
+void decode_bucket(const Tensor& wire, const Numbers& call, const Tensor& out, const std::optional<Tensor>& signs,
+                   bool accumulate) {
   const Device device(out);
   DecodeArgs args{};
-  args.layout = layout_of(numbers, wire, "wire", device, false);
+  args.layout = layout_of(call, 1, wire, "wire", device, false);
   args.wire = static_cast<const uint8_t*>(wire.data_ptr());
   STD_TORCH_CHECK(out.numel() == args.layout.numel, "out: found ", out.numel(), " elements, expected ",
                   args.layout.numel);
   args.out_dtype = float_dtype(out, "out");
   args.out = data(out, "out", device, out.scalar_type(), args.layout.numel);
-  args.rotation = static_cast<int32_t>(rotation);
-  args.signs = signs_of(signs, rotation, args.layout, device);
+  args.rotation = static_cast<int32_t>(call[0]);
+  args.signs = signs_of(signs, call[0], args.layout, device);
   args.accumulate = accumulate;
   COMMQ_RUN(decode_bucket, device, args);
 }
 
-void decode_sum(const Tensor& wire, const Numbers& numbers, double divisor, const Tensor& out) {
+// call: layout.
+void decode_sum(const Tensor& wire, const Numbers& call, double divisor, const Tensor& out) {
   const Device device(wire);
   DecodeSumArgs args{};
-  args.layout = layout_of(numbers, wire, "wire", device, true);
+  args.layout = layout_of(call, 0, wire, "wire", device, true);
   args.wire = static_cast<const uint8_t*>(wire.data_ptr());
   args.divisor = static_cast<float>(divisor);
   args.out = static_cast<float*>(data(out, "out", device, ScalarType::Float, args.layout.chunk_numel));
   COMMQ_RUN(decode_sum, device, args);
 }
 
-void decode_sum_encode(const Tensor& wire, const Numbers& numbers, const Tensor& answer, const Numbers& answer_numbers,
-                       const Numbers& coding, int64_t chunk, double divisor, const std::optional<Tensor>& residual,
+// call: coding, number of the chunk, layout. other: the answer's layout, if it is not the messages'.
+void decode_sum_encode(const Tensor& wire, const Numbers& call, const Tensor& answer, double divisor,
+                       const std::optional<Tensor>& residual, const std::optional<Numbers>& other,
                        const std::optional<Tensor>& ids, const std::optional<Tensor>& valid) {
   const Device device(wire);
   DecodeSumEncodeArgs args{};
-  args.layout = layout_of(numbers, wire, "wire", device, true);
+  args.layout = layout_of(call, CODING + 1, wire, "wire", device, true);
   args.wire = static_cast<const uint8_t*>(wire.data_ptr());
-  args.answer_layout = layout_of(answer_numbers, answer, "answer", device, true);
+  const Numbers& answers = other.has_value() ? *other : call;
+  const int64_t first = other.has_value() ? 0 : CODING + 1;
+  args.answer_layout = layout_of(answers, first, answer, "answer", device, true);
   args.answer = static_cast<uint8_t*>(answer.data_ptr());
   STD_TORCH_CHECK(args.answer_layout.rows == 1, "answer: found ", args.answer_layout.rows, " rows, expected 1");
   STD_TORCH_CHECK(args.layout.chunk_numel == args.answer_layout.chunk_numel, "answer: its chunks have ",
                   args.answer_layout.chunk_numel, " elements and the messages' ", args.layout.chunk_numel,
                   "; give both layouts the same numel, chunks and align");
-  const int64_t chunks = answer_numbers[5];
+  const int64_t chunk = call[CODING], chunks = answers[first + 2];
   STD_TORCH_CHECK(chunk >= 0 && chunk < chunks, "chunk ", chunk, ": expected 0 to ", chunks - 1);
   args.divisor = static_cast<float>(divisor);
   args.chunk = chunk;
   if (residual.has_value())
     args.residual =
         static_cast<float*>(data(*residual, "residual", device, ScalarType::Float, args.layout.chunk_numel));
-  args.random = random_of(coding);
+  args.random = random_of(call);
   args.blocks = blocks_of(ids, valid, args.answer_layout, chunks, chunk, device);
   COMMQ_RUN(decode_sum_encode, device, args);
 }
@@ -318,15 +333,17 @@ void implement(torch::stable::detail::StableLibrary& ops) {
 }  // namespace
 
 STABLE_TORCH_LIBRARY(commq, ops) {
+  // An argument that is left out costs a third of one that is passed.
   ops.def(
-      "encode_bucket(Tensor x, Tensor(a!) wire, int[] layout, int[] coding, float prescale, Tensor(b!)? residual, "
-      "Tensor(c!)? residual_scales, float decay, Tensor? signs, Tensor? ids, Tensor? valid) -> ()");
+      "encode_bucket(Tensor x, Tensor(a!) wire, int[] call, float prescale=1.0, Tensor(b!)? residual=None, "
+      "Tensor(c!)? residual_scales=None, float decay=0.0, Tensor? signs=None, Tensor? ids=None, Tensor? valid=None) "
+      "-> ()");
   ops.def(
-      "decode_bucket(Tensor wire, int[] layout, Tensor(a!) out, int rotation, Tensor? signs, bool accumulate) -> ()");
-  ops.def("decode_sum(Tensor wire, int[] layout, float divisor, Tensor(a!) out) -> ()");
+      "decode_bucket(Tensor wire, int[] call, Tensor(a!) out, Tensor? signs=None, bool accumulate=False) -> ()");
+  ops.def("decode_sum(Tensor wire, int[] call, float divisor, Tensor(a!) out) -> ()");
   ops.def(
-      "decode_sum_encode(Tensor wire, int[] layout, Tensor(a!) answer, int[] answer_layout, int[] coding, int chunk, "
-      "float divisor, Tensor(b!)? residual, Tensor? ids, Tensor? valid) -> ()");
+      "decode_sum_encode(Tensor wire, int[] call, Tensor(a!) answer, float divisor, Tensor(b!)? residual=None, "
+      "int[]? other=None, Tensor? ids=None, Tensor? valid=None) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(commq, CPU, ops) { implement(ops); }

@@ -26,27 +26,21 @@ struct Source {
     return {layout, i, Codec::BITS};
   }
 
-  __device__ __forceinline__ void load(const uint8_t* row, const Layout& layout, const Offsets& at, bool aligned) {
+  // kind: that of the layout's scales, as a constant where it is known.
+  __device__ __forceinline__ void load(const uint8_t* row, const Layout&, ScaleId kind, const Offsets& at,
+                                       bool aligned) {
     codes = load_codes<Codec::BITS>(row + at.codes, aligned);
-    scale.template load<Codec::FLOAT>(layout.scale, row + at.scale, row + at.group, aligned);
+    scale.template load<Codec::FLOAT>(kind, row + at.scale, row + at.group, aligned);
   }
 
-  __device__ __forceinline__ void decode(const Layout& layout, float (&x)[V]) const {
-    decode_block<Codec>(codes, scale.template value<Codec::FLOAT>(layout.scale), layout.scale, x);
-  }
-
-  __device__ __forceinline__ void add(const Layout& layout, float (&x)[V]) const {
-    float message[V];
-    if constexpr (std::is_same_v<Codec, Sign>) {  // +-scale is exact: the multiply-add rounds once, as the sum does
-      Codec::values(codes.halves[0], eight<0>(message));
-      Codec::values(codes.halves[1], eight<1>(message));
-      const float magnitude = scale.template value<false>(layout.scale);
+  __device__ __forceinline__ void decode(ScaleId kind, float (&x)[V]) const {
+    const float magnitude = scale.template value<Codec::FLOAT>(kind);
+    if constexpr (std::is_same_v<Codec, Sign>) {
+      const uint32_t word = codes.halves[0].low | codes.halves[1].low << 8;
 #pragma unroll
-      for (int j = 0; j < V; ++j) x[j] = __fmaf_rn(message[j], magnitude, x[j]);
+      for (int j = 0; j < V; ++j) x[j] = word >> j & 1 ? magnitude : -magnitude;
     } else {
-      decode(layout, message);
-#pragma unroll
-      for (int j = 0; j < V; ++j) x[j] = __fadd_rn(x[j], message[j]);
+      decode_block<Codec>(codes, magnitude, kind, x);
     }
   }
 };
@@ -60,20 +54,14 @@ struct Source<LevelCodes<Hop>> {
     return {layout, i, code_bits(layout.format)};
   }
 
-  __device__ __forceinline__ void load(const uint8_t* row, const Layout& layout, const Offsets& at, bool aligned) {
+  __device__ __forceinline__ void load(const uint8_t* row, const Layout& layout, ScaleId kind, const Offsets& at,
+                                       bool aligned) {
     codes = load_levels(row + at.codes, code_bits(layout.format), aligned);
-    scale.template load<false>(layout.scale, row + at.scale, row + at.group, aligned);
+    scale.template load<false>(kind, row + at.scale, row + at.group, aligned);
   }
 
-  __device__ __forceinline__ void decode(const Layout& layout, float (&x)[V]) const {
-    decode_block<LevelCodes<Hop>>(codes, scale.template value<false>(layout.scale), layout.scale, x);
-  }
-
-  __device__ __forceinline__ void add(const Layout& layout, float (&x)[V]) const {
-    float message[V];
-    decode(layout, message);
-#pragma unroll
-    for (int j = 0; j < V; ++j) x[j] = __fadd_rn(x[j], message[j]);
+  __device__ __forceinline__ void decode(ScaleId kind, float (&x)[V]) const {
+    decode_block<LevelCodes<Hop>>(codes, scale.template value<false>(kind), kind, x);
   }
 };
 
@@ -83,19 +71,15 @@ struct Source<Raw> {
 
   static __device__ __forceinline__ Offsets offsets(const Layout& layout, int64_t i) { return {layout, i, 8}; }
 
-  __device__ __forceinline__ void load(const uint8_t* row, const Layout& layout, const Offsets& at, bool aligned) {
+  __device__ __forceinline__ void load(const uint8_t* row, const Layout& layout, ScaleId, const Offsets& at,
+                                       bool aligned) {
     const int64_t i = at.i, left = layout.chunk_numel - i;
     load_raw(row, layout.format, i, left < V ? static_cast<int>(left) : V, aligned, elements);
   }
 
-  __device__ __forceinline__ void decode(const Layout&, float (&x)[V]) const {
+  __device__ __forceinline__ void decode(ScaleId, float (&x)[V]) const {
 #pragma unroll
     for (int j = 0; j < V; ++j) x[j] = elements[j];
-  }
-
-  __device__ __forceinline__ void add(const Layout&, float (&x)[V]) const {
-#pragma unroll
-    for (int j = 0; j < V; ++j) x[j] = __fadd_rn(x[j], elements[j]);
   }
 };
 

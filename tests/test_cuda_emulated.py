@@ -11,12 +11,16 @@ import os
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
 
-from commq.codecs import native
+from commq.codecs import native, reference
+from commq.codecs.formats import get_format
+from commq.codecs.reference import Coding
+from commq.codecs.wire import Layout
 from test_codecs_same_bytes import ROUND, check
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,6 +35,11 @@ REPLACED = [
         "bits.cuh",
         'asm("max.NaN.f32 %0, %1, %2;" : "=f"(larger) : "f"(a), "f"(b));',
         "larger = a != a || b != b ? a + b : a > b ? a : b;",
+    ),
+    (
+        "bits.cuh",
+        'asm("lop3.b32 %0, %1, %2, %3, 0x6A;" : "=r"(result) : "r"(word), "r"(mask), "r"(bits));',
+        "result = (word & mask) ^ bits;",
     ),
     ("ops.cpp", "STABLE_TORCH_LIBRARY(commq, ops)", "STABLE_TORCH_LIBRARY(commq_emulated, ops)"),
     ("ops.cpp", "STABLE_TORCH_LIBRARY_IMPL(commq, CPU, ops)", "STABLE_TORCH_LIBRARY_IMPL(commq_emulated, CPU, ops)"),
@@ -89,3 +98,20 @@ def test_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("encode_bucket", "decode_bucket", "decode_sum", "decode_sum_encode"):
         monkeypatch.setitem(native._OPS, name, getattr(torch.ops.commq_emulated, name).default)
     check(range(20 * ROUND, 23 * ROUND), native, "cpu")
+    _check_means_of_signs()
+
+
+def _check_means_of_signs() -> None:
+    """Around the sums that the usual, shorter way to a block's mean |x| may take, whole blocks and a part of one."""
+    numel = 2 * 4096 + 1040
+    x = torch.randn(numel, generator=torch.Generator().manual_seed(0))
+    for block, scale in product((16, 128, 512, 1024, 4096), ("fp32", "bf16")):
+        layout = Layout(get_format("sign", block=block, scale=scale), numel)
+        for exponent in (-149, -126, -66, -64, -52, -40, 0, 46, 58, 60, 64, 90, 120):
+            scaled = x * 2.0**exponent
+            scaled[1024:2048] = 0.0
+            scaled[::777] = 0.0
+            found, expected = (torch.zeros(1, layout.chunk_bytes, dtype=torch.uint8) for _ in range(2))
+            native.encode_bucket(scaled, found, layout, Coding())
+            reference.encode_bucket(scaled, expected, layout, Coding())
+            assert torch.equal(found, expected), f"{layout.format} * 2**{exponent}"

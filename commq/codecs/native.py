@@ -1,7 +1,8 @@
 """The codec families of `reference.py` in native code: CUDA kernels and their CPU twins, in commq/_native.so.
 
-Same signatures, same bytes. Each function turns its Layout and Coding into the plain numbers that the op takes and
-calls it; nothing is allocated besides the result, nothing waits for the device, and work goes to the current stream.
+Same signatures, same bytes. Each function turns its Layout and Coding into the one list of numbers that the op takes
+and calls it, with no argument that has its default value; nothing is allocated besides the result, nothing waits for
+the device, and work goes to the current stream.
 The ops `torch.ops.commq.*` have fake implementations, so they go through torch.compile and CUDA graph capture. Their
 overloads are held here: looking one up by name costs the host as much as some of its arguments.
 """
@@ -69,11 +70,9 @@ def _numbers(layout: Layout) -> list[int]:
     numbers: list[int] | None = layout.__dict__.get("_native_numbers")
     if numbers is None:
         fmt = layout.format
+        format_id = _LEVELS_IDS[fmt.bits] if fmt.kind == "levels" else _FORMAT_IDS[fmt.name]
         numbers = [
-            _LEVELS_IDS[fmt.bits] if fmt.kind == "levels" else _FORMAT_IDS[fmt.name],
-            _SCALE_IDS[fmt.scale],
-            fmt.block,
-            fmt.group,
+            format_id | _SCALE_IDS[fmt.scale] << 16 | fmt.block << 32 | fmt.group << 48,
             layout.numel,
             layout.chunks,
             layout.chunk_numel,
@@ -88,17 +87,17 @@ def _numbers(layout: Layout) -> list[int]:
     return numbers
 
 
-def _signs(coding: Coding, device: torch.device) -> Tensor | None:
+def _signs(coding: Coding, tensor: Tensor) -> Tensor | None:
     rotation = coding.rotation
     if rotation is None or not rotation.signs:
         return None
-    return rotation.sign_pattern(seed=coding.seed, step=coding.step, device=device)
+    return rotation.sign_pattern(seed=coding.seed, step=coding.step, device=tensor.device)
 
 
-def _drawing(coding: Coding) -> list[int]:
+def _drawing(coding: Coding) -> tuple[int, int, int, int]:
     """The coding as the ops take it (random_of in cuda/ops.cpp)."""
     size = 0 if coding.rotation is None else coding.rotation.size
-    return [size, coding.rounding == "stochastic", coding.seed, coding.stream, coding.step]
+    return 2 * size + (coding.rounding == "stochastic"), coding.seed, coding.stream, coding.step
 
 
 def encode_bucket(
@@ -114,16 +113,19 @@ def encode_bucket(
     blocks: Blocks | None = None,
 ) -> None:
     """See `reference.encode_bucket`."""
+    call = [*_drawing(coding), *_numbers(layout)]
+    if prescale == 1.0 and residual_N is None and coding.rotation is None and blocks is None:
+        _OPS["encode_bucket"](x_N, wire_WS, call)
+        return
     _OPS["encode_bucket"](
         x_N,
         wire_WS,
-        _numbers(layout),
-        _drawing(coding),
+        call,
         prescale,
         residual_N,
         residual_scales_G,
         decay,
-        _signs(coding, x_N.device),
+        _signs(coding, x_N),
         None if blocks is None else blocks.ids_G,
         None if blocks is None else blocks.valid_G,
     )
@@ -132,7 +134,11 @@ def encode_bucket(
 def decode_bucket(wire_WS: Tensor, layout: Layout, out_N: Tensor, coding: Coding, *, accumulate: bool = False) -> None:
     """See `reference.decode_bucket`."""
     rotation = 0 if coding.rotation is None else coding.rotation.size
-    _OPS["decode_bucket"](wire_WS, _numbers(layout), out_N, rotation, _signs(coding, out_N.device), accumulate)
+    call = [rotation, *_numbers(layout)]
+    if rotation or accumulate:
+        _OPS["decode_bucket"](wire_WS, call, out_N, _signs(coding, out_N), accumulate)
+    else:
+        _OPS["decode_bucket"](wire_WS, call, out_N)
 
 
 def decode_sum(wire_KS: Tensor, layout: Layout, *, divisor: float = 1.0) -> Tensor:
@@ -155,15 +161,17 @@ def decode_sum_encode(
     blocks: Blocks | None = None,
 ) -> None:
     """See `reference.decode_sum_encode`."""
+    call = [*_drawing(coding), chunk, *_numbers(layout)]
+    if residual_C is None and answer_layout is layout and blocks is None:
+        _OPS["decode_sum_encode"](wire_KS, call, answer_S, divisor)
+        return
     _OPS["decode_sum_encode"](
         wire_KS,
-        _numbers(layout),
+        call,
         answer_S,
-        _numbers(answer_layout),
-        _drawing(coding),
-        chunk,
         divisor,
         residual_C,
+        None if answer_layout is layout else _numbers(answer_layout),
         None if blocks is None else blocks.ids_G,
         None if blocks is None else blocks.valid_G,
     )

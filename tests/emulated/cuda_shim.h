@@ -58,6 +58,7 @@ inline float __uint_as_float(uint32_t bits) {
 }
 
 inline void __syncthreads() { wait_for_block(); }
+inline void __syncwarp() { exchange_in_warp(0, 1); }
 inline uint32_t __shfl_xor_sync(uint32_t, uint32_t word, int distance) { return exchange_in_warp(word, distance); }
 inline float __shfl_xor_sync(uint32_t, float x, int distance) {
   return __uint_as_float(exchange_in_warp(__float_as_uint(x), distance));
