@@ -100,6 +100,6 @@ def _format_with_locals(error: BaseException, file: str) -> str:
     """The traceback, with the local variables of the test's own frames: pytest explains no assertion here."""
     report = traceback.TracebackException.from_exception(error, capture_locals=True)
     for frame in report.stack:
-        shown = frame.locals if frame.filename == file else {}
-        frame.locals = {name: text[:200] for name, text in shown.items()}
+        shown = frame.locals if frame.filename == file else None  # None, too, of an error that another one follows
+        frame.locals = {name: text[:200] for name, text in (shown or {}).items()}
     return "".join(report.format())

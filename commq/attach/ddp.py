@@ -40,6 +40,10 @@ from commq.policy.rule import check_rules
 from commq.recipe import Recipe
 from commq.stats import Stats
 
+_CAPTURE = (
+    "its step, phases and checks live on the host, and a replay would not move them; capture the step without DDP, "
+    "with commq.all_reduce(..., schedule='two_shot', residual=...) on the gradients"
+)
 _log = logging.getLogger("commq")
 
 
@@ -247,6 +251,7 @@ class HookState:
         is left of it is forgotten.
         """
         buffer = grads.buffer()
+        refuse_capture("commq's hook of DDP", _CAPTURE, buffer.device)
         future: Future[Tensor] = Future(devices=[buffer.device]) if buffer.is_cuda else Future()
         try:
             with self._flight.on(buffer.device, f"bucket {grads.index()}"):
@@ -296,12 +301,6 @@ class HookState:
         self._sent_bytes += self.transport.memory.sent_bytes - sent_before
 
     def _begin_step(self, device: torch.device) -> None:
-        refuse_capture(
-            "commq's hook of DDP",
-            "its step, phases and checks live on the host, and a replay would not move them; capture the step without "
-            "DDP, with commq.all_reduce(..., schedule='two_shot', residual=...) on the gradients",
-            device,
-        )
         self.progress.at(self.step)
         if self.grad_scaler is not None and self.grad_scaler.is_enabled():
             self.set_loss_scale(self.grad_scaler.get_scale())

@@ -119,8 +119,8 @@ class Layouts:
     def loses(self, parameters: Sequence[Tensor], nbytes: int) -> bool:
         """Whether schedule auto gains nothing in any bucket, by measurement. All ranks together.
 
-        It asks about a bucket of `nbytes` and about one of all parameters. float32 that travels as bfloat16 may gain,
-        too, if that saves more time than a hook takes.
+        It asks about the first bucket, if buckets have `nbytes`, and about one of all parameters. float32 that travels
+        as bfloat16 gains, too, where that saves more time than the hooks of all buckets take.
         """
         dtypes, devices = {p.dtype for p in parameters}, {p.device for p in parameters}
         if len(dtypes) != 1 or len(devices) != 1 or not dtypes <= RAW.keys():
@@ -128,20 +128,19 @@ class Layouts:
         (dtype,), (device,) = dtypes, devices
         if self._two_levels is None:
             self._two_levels = find_hosts(self.transport).has_two_levels
-        few: list[Tensor] = []
-        for p in reversed(parameters):  # as DDP fills its buckets
-            few.append(p)
-            if sum(p.numel() for p in few) * dtype.itemsize >= nbytes:
-                break
-        for some in (few, parameters):
+        buckets: list[list[Tensor]] = [[]]
+        for p in reversed(parameters):  # as DDP fills them
+            if sum(each.numel() for each in buckets[-1]) * dtype.itemsize >= nbytes:
+                buckets.append([])
+            buckets[-1].append(p)
+        for some in (buckets[0], parameters):
             numel = sum(p.numel() for p in some)
             if self._choose(self._members_of(some, 0), numel, dtype, device) != "plain":
                 return False
-            if dtype == torch.float32:
-                as_it_is, narrow = (link.sums(self.transport, kind, device) for kind in (dtype, torch.bfloat16))
-                if as_it_is.nanoseconds(4 * numel) > narrow.nanoseconds(2 * numel) + HOOK_NANOSECONDS:
-                    return False
-        return True
+        if dtype != torch.float32:
+            return True
+        whole, half = (link.sums(self.transport, kind, device) for kind in (dtype, torch.bfloat16))
+        return whole.nanoseconds(4 * numel) <= half.nanoseconds(2 * numel) + len(buckets) * HOOK_NANOSECONDS
 
     def forget(self) -> None:
         """The format has changed: make all buckets anew. Recipes that adapt have no residual of the answer."""

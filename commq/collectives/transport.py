@@ -7,7 +7,6 @@ moves in the same order.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
@@ -22,12 +21,6 @@ from commq.collectives.slices import slice_bytes, slices
 
 # torch 2.13 renamed all_gather_into_tensor.
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-
-
-MODE = os.environ.get("COMMQ_MODE", "slices")
-
-
-_BESIDE = "beside"
 
 
 class Move(Protocol):
@@ -93,11 +86,6 @@ class C10d:
     def all_to_all(self, send_WS: Tensor, recv_WS: Tensor) -> Move:
         self.memory.sent_bytes += send_WS.numel() - send_WS.shape[1]
         row_bytes = send_WS.shape[1]
-        if MODE != "slices" and send_WS.is_cuda and row_bytes > (64 << 10):
-            part = slice_bytes(send_WS, row_bytes, self)
-            per_ms = self.memory.facts.get("slice") or 0
-            if per_ms:
-                return self._in_rounds(send_WS, recv_WS, per_ms * (self.world_size - 1) // 6)
         if (part := slice_bytes(send_WS, row_bytes, self)) < row_bytes:
             return self._in_slices(list(send_WS), list(recv_WS), slices(row_bytes, part))
         return self._start("all_to_all", dist.all_to_all_single, recv_WS, send_WS)
@@ -145,23 +133,6 @@ class C10d:
             raise name_lost_ranks(self.group, "all_gather", error) from error
         return values
 
-    def _in_rounds(self, send: Any, recv: Any, per_ms: int) -> Move:
-        row, W = send.shape[1], self.world_size
-        cut_ms, least_ms = (float(x) for x in MODE.split(","))
-        most, least = int(per_ms * cut_ms), int(per_ms * least_ms)
-        peers = min(W - 1, max(1, least // max(1, min(row, most))))
-        nothing = send.new_empty(0)
-        for cut in slices(row, most):
-            for first in range(1, W, peers):
-                ahead = range(first, min(first + peers, W))
-                to = {(self.rank + k) % W for k in ahead} | ({self.rank} if first == 1 else set())
-                of = {(self.rank - k) % W for k in ahead} | ({self.rank} if first == 1 else set())
-                into = [recv[w][cut] if w in of else nothing for w in range(W)]
-                move = self._start(
-                    "all_to_all", dist.all_to_all, into, [send[w][cut] if w in to else nothing for w in range(W)]
-                )
-        return move
-
     def _in_slices(self, send: Sequence[Tensor], recv: Sequence[Tensor], cuts: Iterable[slice]) -> Move:
         """Rows to and from every rank, cut alike on all. What is queued last ends last."""
         for part in cuts:
@@ -192,24 +163,6 @@ class _Started:
         if self.lent is not None:
             self._transport.memory.give(self.lent)
             self.lent = None
-
-
-def beside(transport: Transport) -> Transport:
-    """The same ranks by connections of their own: NCCL makes the moves of one group one after the other.
-
-    For moves inside a host, so that those between hosts need not wait for them. All ranks ask together; another
-    group of torch.distributed is made the first time. Transports that do not queue their moves are their own.
-    """
-    if not isinstance(transport, C10d) or "nccl" not in dist.get_backend_config(transport.group):
-        return transport
-    facts = transport.memory.facts
-    if _BESIDE not in facts:
-        ranks = dist.get_process_group_ranks(transport.group)
-        other = C10d(dist.new_group(ranks, use_local_synchronization=True))
-        other.memory = transport.memory
-        facts[_BESIDE] = other
-    found: Transport = facts[_BESIDE]
-    return found
 
 
 def _isend(buffer: Tensor, *, group_dst: int, group: dist.ProcessGroup, async_op: bool) -> dist.Work | None:

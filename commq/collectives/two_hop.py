@@ -23,7 +23,6 @@ from commq.collectives.hosts import Hosts, find_hosts
 from commq.collectives.message import ANSWER_STREAM, Message, host_stream, send_stream, with_stream
 from commq.collectives.plan import Plan
 from commq.collectives.schedule import Schedule
-from commq.collectives.transport import beside
 from commq.collectives.two_shot import two_shot
 
 
@@ -50,7 +49,6 @@ def two_hop(message: Message) -> Schedule:
         return
     rank, world_size = transport.rank, transport.world_size
     host, local = hosts.host_of[rank], hosts.local_of[rank]
-    inside = beside(transport)
     # Rows between hosts stand in the order of ranks, which need not be that of hosts: row i is host across[i]'s.
     peers = sorted(ranks[local] for ranks in hosts.members)
     across = [hosts.host_of[peer] for peer in peers]
@@ -71,7 +69,7 @@ def two_hop(message: Message) -> Schedule:
         )
     incoming = message.take_received(world_size, plan.inside_bytes)
     splits = _splits(world_size, hosts.members[host], hosts.count * plan.inside_bytes)
-    yield inside.all_to_all_v(outgoing.view(-1), incoming.view(-1), splits, splits)
+    yield transport.all_to_all_v(outgoing.view(-1), incoming.view(-1), splits, splits)
 
     message.give(outgoing)
     outgoing = message.take(hosts.count, plan.row_bytes)
@@ -119,7 +117,7 @@ def two_hop(message: Message) -> Schedule:
     message.give(run)
     answers = message.take_received(world_size, plan.answer_bytes)
     splits = _splits(world_size, hosts.members[host], hosts.count * plan.answer_bytes)
-    yield inside.all_to_all_v(copies.view(-1), answers.view(-1), splits, splits)
+    yield transport.all_to_all_v(copies.view(-1), answers.view(-1), splits, splits)
 
     message.give(copies)
     for part in message.parts:
