@@ -78,7 +78,8 @@ def step_with(optimizer: torch.optim.Optimizer, bucket: FlatBucket, rate: float,
         group["lr"] = rate
     for parameter, view in zip(bucket.parameters(), bucket.views, strict=True):
         parameter.grad = view
-    clip_grad_norm_(bucket.parameters(), clip)
+    if getattr(optimizer, "clips", True):
+        clip_grad_norm_(bucket.parameters(), clip)
     optimizer.step()
 
 

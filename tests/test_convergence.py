@@ -97,7 +97,8 @@ def train_with_momenta(kinds, steps):
             optimizer.zero_grad()
             batch = tokens(step, dist.get_rank())
             next_byte_loss(ddp(batch[:, :-1]), batch[:, 1:]).backward()
-            clip_grad_norm_(ddp.parameters(), OPTIMIZER.clip)
+            if optimizer.clips:
+                clip_grad_norm_(ddp.parameters(), OPTIMIZER.clip)
             for group in optimizer.param_groups:
                 group["lr"] = OPTIMIZER.lr
             optimizer.step()

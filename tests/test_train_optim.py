@@ -41,6 +41,26 @@ def test_ranks_and_a_second_run_have_the_same_bits(tmp_path):
         assert first.validate() == second.validate()
 
 
+@process_ranks(2)
+def test_what_is_no_gradient_is_not_clipped(tmp_path):
+    """Birder's answers are up to 1 whatever the gradients are; OneBitAdam's momenta are clipped."""
+    corpus = load_corpus(None, max_mb=0.1, context=TINY.context)
+    for kind, differ in (("birder", False), ("onebit-adam", True)):
+        chosen = settings(tmp_path, kind)
+        trainers = [
+            Trainer(
+                dataclasses.replace(chosen, optimizer=dataclasses.replace(chosen.optimizer, clip=clip)),
+                commq.recipe("int4"),
+                corpus,
+                this_rank(),
+            )
+            for clip in (0.0, 1e-3)
+        ]
+        for _ in range(2):
+            states = [(trainer.train_step(), digest(trainer.common_state()["model"]))[1] for trainer in trainers]
+        assert (states[0] != states[1]) == differ, kind
+
+
 def uncounted(state):
     """A checkpoint without time and bytes: DDP lays out its buckets anew after a start, and owners swap residuals."""
     state.pop("seconds", None)

@@ -30,9 +30,12 @@ class Birder(CommOptimizer):
 
     beta: of both means. momentum_format: sign; int2, whose zero keeps zeros; fp32 for the rule without compression; or
     a recipe, with schedule two_hop for the paper's hierarchy. seed: of the random signs, the same on all ranks.
-    `.grad` holds the answer. Rows without a gradient stay as they are where the block divides the row, see
-    `sign_sgd.py`. See `CommOptimizer` for module, params, group and grad_scaler.
+    `.grad` holds the answer, numbers up to 1 whatever the gradients are: do not clip it. Rows without a gradient stay
+    as they are where the block divides the row, see `sign_sgd.py`. See `CommOptimizer` for module, params, group and
+    grad_scaler.
     """
+
+    clips = False
 
     def __init__(
         self,

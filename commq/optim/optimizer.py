@@ -72,6 +72,9 @@ class CommOptimizer(Optimizer):
     backward pass too many or too few.
     """
 
+    clips = True
+    """`.grad` is a gradient or a momentum, which may be clipped by its norm between backward and step."""
+
     def __init__(
         self,
         module: nn.Module,

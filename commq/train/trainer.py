@@ -117,8 +117,9 @@ class Trainer:
         self._passes(travels=False)
 
     def _clip(self) -> Tensor:
-        """Clip the averaged gradient; its norm before that."""
-        return clip_grad_norm_(self.ddp.parameters(), self.config.optimizer.clip or float("inf"))
+        """Clip the averaged gradient, unless the optimizer has put something else there; its norm before that."""
+        clip = self.config.optimizer.clip if getattr(self.optimizer, "clips", True) else 0.0
+        return clip_grad_norm_(self.ddp.parameters(), clip or float("inf"))
 
     def _update(self) -> None:
         scale = self.scaler.get_scale() if self.scaler.is_enabled() else 1.0
