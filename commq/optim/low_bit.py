@@ -221,7 +221,7 @@ class LowBitAdamW(Optimizer):
             torch._foreach_mul_(second, numbers.beta2)
             torch._foreach_addcmul_(second, grads, grads, value=1.0 - numbers.beta2)
             roots = torch._foreach_sqrt(second)
-            if factors or any(p.dtype != torch.float32 for _, p in same):
+            if any(p.dtype != torch.float32 for _, p in same):
                 for (number, p), m, r in zip(same, first, roots, strict=True):
                     moved = move(local(p).float(), m, r, numbers, factors.get(id(p)))
                     rounding = self._rounding(group, number, p)
@@ -233,6 +233,13 @@ class LowBitAdamW(Optimizer):
             parameters = [local(p) for _, p in same]
             torch._foreach_mul_(roots, numbers.inverse_root)
             torch._foreach_add_(roots, numbers.eps)
+            if factors:
+                factor = torch.stack([factors[id(p)] for _, p in same])
+                steps_taken = list(torch._foreach_mul(first, list((factor * numbers.step_size).unbind())))
+                torch._foreach_mul_(parameters, list((1.0 - factor * (numbers.lr * numbers.weight_decay)).unbind()))
+                torch._foreach_div_(steps_taken, roots)
+                torch._foreach_sub_(parameters, steps_taken)
+                continue
             torch._foreach_mul_(parameters, 1.0 - numbers.lr * numbers.weight_decay)
             torch._foreach_addcdiv_(parameters, first, roots, value=-numbers.step_size)
 
@@ -241,10 +248,13 @@ class LowBitAdamW(Optimizer):
     def _factors(self, group: dict[str, Any], parameters: list[Tensor]) -> dict[int, Tensor]:
         """What the learning rate of each parameter is multiplied by: 1 / max(1, rms of g / sqrt(v_hat))."""
         sums = self._sum_over_ranks(parameters, [self._excess(group, p) for p in parameters])
-        return {
-            id(p): 1.0 / torch.clamp((total / max(1, p.numel())).sqrt(), min=1.0)
-            for p, total in zip(parameters, sums, strict=True)
-        }
+        found: dict[int, Tensor] = {}
+        for device in dict.fromkeys(total.device for total in sums):
+            here = [i for i, total in enumerate(sums) if total.device == device]
+            means = torch._foreach_div([sums[i] for i in here], [float(max(1, parameters[i].numel())) for i in here])
+            factors = 1.0 / torch.clamp(torch.stack(means).sqrt(), min=1.0)
+            found |= {id(parameters[i]): factor for i, factor in zip(here, factors.unbind(), strict=True)}
+        return found
 
     def _excess(self, group: dict[str, Any], p: Tensor) -> Tensor:
         numbers, grad = self._numbers(group, p), _grad(p)
