@@ -213,6 +213,7 @@ def _show(loss: float | None) -> str:
 
 def run_one(text: str, out: Path) -> None:
     """In a process of its own."""
+    sys.setswitchinterval(1e-5)  # ranks are threads that hand over to each other some hundred times a step
     fields = json.loads(text)
     fields["model"], fields["optimizer"] = ModelConfig(**fields["model"]), OptimizerConfig(**fields["optimizer"])
     setting = Setting(**fields)

@@ -59,9 +59,9 @@ METHODS: dict[str, Callable[[list[str], int], Iterable[Method]]] = {
     "zero2": partial(fsdp_methods, True),
 }
 """By --parallel: DDP, FSDP2 with full sharding, FSDP2 with parameters kept after the forward pass."""
-STEPS = 2, 12
+STEPS = 2, 24
 """Timed steps: as many as fit in SECONDS, but no fewer and no more than these."""
-SECONDS = 5.0
+SECONDS = 4.0
 
 
 class Worker:

@@ -19,8 +19,8 @@ from commq.lowp.product import Plan, Product
 MEASURED = dict.fromkeys(("fp8_e4m3/tensor", "fp8_e5m2/tensor", "fp8_e4m3/row", "fp8_e4m3/1x128", "int8/row"), 4096)
 """Fewest inputs and outputs from which a real GEMM gains, by format and tile of its first operand.
 
-On an H100, with 16384 tokens and layers that are not compiled (bench/gemm.py --parts filter), they take 1.2 to 1.6 times
-as long as bf16 at 2048 features and 0.77 to 0.94 times at 4096, quantization included.
+On an H100, with 16384 tokens and layers that are not compiled (bench/gemm.py --parts filter), they take 1.2 to 1.6
+times as long as bf16 at 2048 features and 0.77 to 0.94 times at 4096, quantization included.
 """
 
 
