@@ -77,6 +77,12 @@ def _update_momenta(kind: str, setting: Setting, model: nn.Module) -> Update:
     return MomentumUpdate([model, *(copy.deepcopy(model) for _ in range(copies))], make, config.clip)
 
 
+def _update_lamb(setting: Setting, model: nn.Module) -> Update:
+    """LAMB: OneBitLamb, which never freezes."""
+    never = replace(setting.optimizer, freeze_step=setting.steps + 1)
+    return _update_momenta("onebit-lamb", replace(setting, optimizer=never), model)
+
+
 def _update_low_bit(kind: str, setting: Setting, model: nn.Module) -> GradientUpdate:
     return GradientUpdate(model, replace(setting.optimizer, optimizer=kind))  # type: ignore[arg-type]
 
@@ -93,6 +99,7 @@ UPDATES: dict[str, Callable[[Setting, nn.Module], Update]] = {
     **{kind: partial(_update_low_bit, kind) for kind in LOW_BIT},
     "adamw4bit-zero": lambda setting, model: _with_zero_point(_update_low_bit("adamw4bit", setting, model)),
     **{kind: partial(_update_momenta, kind) for kind in MOMENTA},
+    "lamb": _update_lamb,
 }
 """What becomes of gradients, and what travels by the recipe: they, or what the optimizer makes of them."""
 
