@@ -22,7 +22,7 @@ from torch.distributed import pipelining
 
 from commq.attach.channel import Channel
 from commq.attach.crossing import Place, Samples, Turn, Way, way_of
-from commq.attach.traffic import Traffic
+from commq.attach.flow import Flow
 from commq.codecs.formats import Format
 from commq.collectives.roll_call import RollCall
 from commq.collectives.transport import C10d, check_equal
@@ -71,15 +71,15 @@ class PipelineStage(pipelining.PipelineStage):
         self._named = False
         before, after = stage_index - 1, stage_index
 
-        def traffic(boundary: int, *, backward: bool, sends: bool) -> Traffic:
+        def flow(boundary: int, *, backward: bool, sends: bool) -> Flow:
             place = Place(boundary, backward, sends, 0, seed, transport.memory, backend)
-            return Traffic(ways[backward], place)
+            return Flow(ways[backward], place)
 
-        self._traffic = {
-            "activations in": traffic(before, backward=False, sends=False),
-            "gradients out": traffic(before, backward=True, sends=True),
-            "activations out": traffic(after, backward=False, sends=True),
-            "gradients in": traffic(after, backward=True, sends=False),
+        self._flows = {
+            "activations in": flow(before, backward=False, sends=False),
+            "gradients out": flow(before, backward=True, sends=True),
+            "activations out": flow(after, backward=False, sends=True),
+            "gradients in": flow(after, backward=True, sends=False),
         }
 
     def watch(self) -> RollCall:
@@ -104,32 +104,32 @@ class PipelineStage(pipelining.PipelineStage):
         cuda = torch.device(self.device).type == "cuda"
         on_device = (ids.pin_memory() if cuda else ids).to(self.device, non_blocking=True)
         self._samples = Samples(ids, on_device)
-        for traffic in self._traffic.values():
-            traffic.prefetch(self._samples)
+        for flow in self._flows.values():
+            flow.prefetch(self._samples)
 
     @property
     def raw_bytes(self) -> int:
         """What this stage would have sent in float32, since it was made."""
-        return sum(self._traffic[name].raw_bytes for name in ("activations out", "gradients out"))
+        return sum(self._flows[name].raw_bytes for name in ("activations out", "gradients out"))
 
     @property
     def sent_bytes(self) -> int:
         """What this stage has sent, since it was made; tensors that are not floating point are not counted."""
-        return sum(self._traffic[name].wire_bytes for name in ("activations out", "gradients out"))
+        return sum(self._flows[name].wire_bytes for name in ("activations out", "gradients out"))
 
     @property
     def received_bytes(self) -> int:
-        return sum(self._traffic[name].wire_bytes for name in ("activations in", "gradients in"))
+        return sum(self._flows[name].wire_bytes for name in ("activations in", "gradients in"))
 
     def boundary_state(self) -> dict[str, Any]:
         """What this stage keeps between steps, as tensors and plain data."""
-        return {"step": self._step} | {name: traffic.state_dict() for name, traffic in self._traffic.items()}
+        return {"step": self._step} | {name: flow.state_dict() for name, flow in self._flows.items()}
 
     def load_boundary_state(self, state: dict[str, Any]) -> None:
         """Continue from a `boundary_state`, to the bit: all stages together, from the same step."""
         self._step, self._first_step = state["step"], state["step"] + 1
-        for name, traffic in self._traffic.items():
-            traffic.load_state_dict(state[name])
+        for name, flow in self._flows.items():
+            flow.load_state_dict(state[name])
 
     # What schedules call.
 
@@ -157,7 +157,7 @@ class PipelineStage(pipelining.PipelineStage):
                 ranks = self.stage_index_to_group_rank[boundary], self.stage_index_to_group_rank[boundary + 1]
                 for name in names if ranks[0] != ranks[1] else ():
                     direction = f"{name.split()[0]}-{boundary}"
-                    self._traffic[name].channel = Channel(group, ranks, direction, torch.device(self.device))
+                    self._flows[name].channel = Channel(group, ranks, direction, torch.device(self.device))
 
     def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
         return self._receive("activations in", super().get_fwd_recv_ops, fwd_chunk_id)
@@ -173,12 +173,12 @@ class PipelineStage(pipelining.PipelineStage):
 
     def _retrieve_recv_activations(self, fwd_chunk_id: int) -> Any:
         with self._roll_call:
-            self._traffic["activations in"].land(fwd_chunk_id)
+            self._flows["activations in"].land(fwd_chunk_id)
         return super()._retrieve_recv_activations(fwd_chunk_id)
 
     def _retrieve_recv_grads(self, bwd_chunk_id: int) -> Any:
         with self._roll_call:
-            self._traffic["gradients in"].land(bwd_chunk_id)
+            self._flows["gradients in"].land(bwd_chunk_id)
         return super()._retrieve_recv_grads(bwd_chunk_id)
 
     def _receive(self, name: str, ask: Callable[[int], list[dist.P2POp]], chunk: int) -> list[dist.P2POp]:
@@ -186,17 +186,17 @@ class PipelineStage(pipelining.PipelineStage):
         left: list[dist.P2POp] = []
         with self._roll_call:
             for each in range(chunk, min(chunk + self._ahead + 1, self._chunks)):
-                if not self._traffic[name].is_posted(each):
-                    left += self._traffic[name].post(ask(each), self._turn(each))
+                if not self._flows[name].is_posted(each):
+                    left += self._flows[name].post(ask(each), self._turn(each))
         return left
 
     def _send(self, name: str, ask: Callable[[int], list[dist.P2POp]], chunk: int, *, last: bool) -> list[dist.P2POp]:
         """The micro-batch's sends. last: nothing of a step is sent after its last micro-batch's."""
         with self._roll_call:
-            left = self._traffic[name].send(ask(chunk), self._turn(chunk))
+            left = self._flows[name].send(ask(chunk), self._turn(chunk))
             if last and chunk == self._chunks - 1:
-                for traffic in self._traffic.values():
-                    traffic.flush()
+                for flow in self._flows.values():
+                    flow.flush()
         return left
 
     @property

@@ -1,4 +1,4 @@
-"""Traffic: one direction at one side of a boundary: its crossings, its wires, and what is under way.
+"""Flow: one direction at one side of a boundary: its crossings, its wires, and what is under way.
 
 With a channel, wires travel on it: a send begins as soon as it is encoded, receives are posted ahead, and the schedule
 gets no operations. Without one, the schedule's own operations carry the wires in place of the tensors.
@@ -29,7 +29,7 @@ class _Arrival:
     works: list[dist.Work] = field(default_factory=list)
 
 
-class Traffic:
+class Flow:
     """The crossings of a boundary's tensors, made when the first comes, and the wires of micro-batches under way."""
 
     def __init__(self, way: Way, place: Place) -> None:
