@@ -70,7 +70,6 @@ def wanted(args: argparse.Namespace) -> list[Setting]:
         Setting(
             **asdict(choice),
             seed=seed,
-            compile=args.compile,
             parallel=args.parallel,
             hosts=args.hosts,
             steps=args.steps,
@@ -238,7 +237,6 @@ def main() -> None:
     add("--hosts", type=int, help="that the ranks of fsdp and hsdp pretend to be on (1; hsdp 2)")
     add("--seeds", default="0,1,2")
     add("--lowp", default="", help="precision+update+recipe, separated by blanks (bench/convergence_lowp.py)")
-    add("--compile", action="store_true", help="torch.compile attention and MLP; emulated formats need it on a GPU")
     add("--update", default="adamw", choices=tuple(UPDATES))
     add("--steps", type=int, default=2000)
     add("--world-size", type=int, default=4)

@@ -21,7 +21,6 @@ from commq.train.config import LOW_BIT, ModelConfig, OptimizerConfig
 from commq.train.data import Corpus, load_corpus, train_batch, val_batches
 from commq.train.model import GPT
 from commq.train.optimizer import learning_rate, make_comm_optimizer
-from commq.train.precision import compile_blocks
 from convergence_lowp import make_control, plant_outlier
 from recipe_text import read_recipe
 from replicas import GradientUpdate, MomentumUpdate, Replicas, Update
@@ -49,8 +48,6 @@ class Setting:
     """ddp; or what commq.fully_shard does: fsdp, or hsdp, which shares parameters out inside a host only."""
     hosts: int = 1
     """That the ranks pretend to be on, with fsdp and hsdp."""
-    compile: bool = False
-    """torch.compile attention and MLP: emulated formats are slow without."""
     steps: int = 2000
     world_size: int = 4
     rows: int = 8
@@ -116,8 +113,6 @@ class Run:
         if setting.outlier:
             plant_outlier(self.model, setting.outlier)
         self.control = make_control(self.model, setting.precision, setting.seed, setting.steps)
-        if setting.compile:
-            compile_blocks(self.model)
         recipe = read_recipe(setting.recipe, seed=setting.seed)
         self.replicas = self._make_replicas(recipe)
         self.row: dict[str, Any] = {

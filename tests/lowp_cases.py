@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from commq.codecs.rotation import Rotation
 from commq.lowp.product import Plan, Product
 from commq.lowp.quantize import Counter
 from commq.lowp.recipes import PRECISIONS
@@ -34,6 +35,35 @@ INT8_PRODUCTS = [
 ]
 """GEMMs and the sizes R, S, C of a_RC @ b_SC.T."""
 
+OPERANDS: list[tuple[str, Rotation | None]] = sorted(
+    {
+        (str(how), gemm.rotation)
+        for precision in PRECISIONS.values()
+        for gemm in precision.gemms
+        if gemm is not None
+        for how in (gemm.first, gemm.second)
+    },
+    key=str,
+)
+"""All that recipes quantize, and how it is rotated first."""
+
+RARE = [
+    ("int4/tensor", None),
+    ("int4/tensor:stochastic", None),
+    ("int2/row:stochastic", None),
+    ("fp8_e5m2/8x8:stochastic", None),
+    ("mxfp8/row", None),
+    ("nvfp4/row", None),
+    ("nvfp4/1x16+all", None),
+    ("int4/row+all", None),
+    ("int4/1x24", None),
+    ("mxfp4/16x1", None),
+    ("fp8_e4m3/row", Rotation(size=16)),
+    ("int4/1x16", Rotation(size=32, signs=True)),
+    ("fp8_e4m3/1x256", Rotation(size=256, signs=True)),
+]
+"""What may be asked for besides, some of it served by no kernel."""
+
 
 def counter(stream: int = 0) -> Counter:
     return Counter(3, stream, torch.tensor(2**33 + 9))
@@ -46,6 +76,17 @@ def hard_input(text: str | None) -> Tensor:
     x[4] = F.pad(nasty_inputs()["subnormals"][:100], (0, 44))
     x[100], x[7], x[9] = x[100] * 1e-30, 0.0, x[9] * 1e30
     return x[:, :128] if text and "x" in text else x
+
+
+def odd_input(text: str) -> Tensor:
+    """(125, 141) with a NaN and an infinity, but for whole tensors; no row dwarfs others that share its scale."""
+    whole = "tensor" in text or text.startswith("nvfp4")
+    x = hard_input("tensor" if "tensor" in text else None)[:125, :141]
+    if whole:
+        x[9] *= 1e-28
+    if "tensor" not in text:
+        x[33, 7] = -torch.inf
+    return x
 
 
 def largest_products(a_RC: Tensor, b_SC: Tensor) -> Tensor:

@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
 
 import commq.lowp as lowp
+from commq.codecs.rotation import Rotation
 from commq.lowp import codes as plain
 from commq.lowp import real
 from commq.lowp.codes import Codes
 from commq.lowp.gemm import gemm
 from commq.lowp.operand import operand
-from commq.lowp.quantize import Counter, quantized
+from commq.lowp.quantize import Counter
 from commq.lowp.random import random_bits
 from commq.lowp.recipes import PRECISIONS
-from lowp_cases import INT8_PRODUCTS, PAIRS, REAL, counter, hard_input, largest_products, products
+from commq.lowp.values import values
+from lowp_cases import (
+    INT8_PRODUCTS,
+    OPERANDS,
+    PAIRS,
+    RARE,
+    REAL,
+    counter,
+    hard_input,
+    largest_products,
+    odd_input,
+    products,
+)
 
 pytestmark = pytest.mark.gpu
 
@@ -52,11 +67,57 @@ def test_random_bits_are_those_of_the_cpu():
     assert torch.equal(random_bits(clock.cuda(), 5000, 3, 7).cpu(), random_bits(clock, 5000, 3, 7))
 
 
-@pytest.mark.parametrize("text", ["mxfp4/1x32:stochastic", "nvfp4/16x16", "int4/1x32+all:stochastic", "mxfp8"])
-def test_emulation_is_that_of_the_cpu(text):
-    x, how = torch.randn(96, 160), operand(text)
-    found = quantized(x.cuda(), how, on_gpu(counter()))
-    assert torch.equal(found.cpu(), quantized(x, how, counter()))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize(("text", "rotation"), [*OPERANDS, *RARE])
+def test_emulation_is_that_of_the_cpu(text, rotation, turned, dtype):
+    x, how = odd_input(text).to(dtype), operand(text)
+    found, want = (
+        values(each.T if turned else each, how, place(counter(5)), rotation, place(counter(7)))
+        for each, place in ((x.cuda(), on_gpu), (x, lambda count: count))
+    )
+    if how.second == "outliers":  # a geometric mean, whose sum has another order
+        return torch.testing.assert_close(found.cpu(), want, equal_nan=True)
+    assert torch.equal(found.cpu().isnan(), want.isnan()) and not bool(want.isnan().all())
+    assert torch.equal(found.cpu().nan_to_num(7).view(torch.int32), want.nan_to_num(7).view(torch.int32))
+
+
+@pytest.mark.parametrize("text", ["mxfp4/1x32:stochastic", "nvfp4/1x16:stochastic", "nvfp4/16x16"])
+def test_a_captured_graph_draws_anew(text):
+    """It reads the step where it stands, and finds the scale of scales again."""
+    how, x = operand(text), torch.randn(96, 160, device="cuda")
+    clock = torch.zeros((), dtype=torch.int64, device="cuda")
+    count, signs, rotation = Counter(1, 2, clock), Counter(1, 3, clock), Rotation(size=16, signs=True)
+    values(x, how, count, rotation, signs)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = values(x, how, count, rotation, signs)
+    for step in (1, 2):
+        clock.fill_(step)
+        x.mul_(1 / 3)
+        graph.replay()
+        assert torch.equal(found, values(x, how, count, rotation, signs)), step
+        assert torch.equal(found.cpu(), values(x.cpu(), how, *cpu(count, signs, rotation)))
+
+
+def cpu(count, signs, rotation):
+    count, signs = (Counter(each.seed, each.stream, each.step.cpu()) for each in (count, signs))
+    return count, rotation, signs
+
+
+def test_few_kernels_an_operand():
+    """Two where all tiles share a number, and what sets that to zero; else one."""
+    x, clock = torch.randn(256, 256, device="cuda"), torch.zeros((), dtype=torch.int64, device="cuda")
+    count, signs, rotation = Counter(1, 2, clock), Counter(1, 3, clock), Rotation(size=16, signs=True)
+    for text, most in (("mxfp4/1x32:stochastic", 1), ("int4/1x32+all:stochastic", 1), ("nvfp4/16x16", 3)):
+        run = partial(values, x, operand(text), count, rotation, signs)
+        run()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
+            run()
+        names = [event.name for event in found.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+        if not names:
+            pytest.skip("the profiler sees no kernels here")
+        assert len(names) <= most, names
 
 
 @pytest.mark.parametrize(("text", "shape"), INT8_PRODUCTS)

@@ -9,11 +9,11 @@ import commq
 from commq.codecs.bounds import error_bound
 from commq.codecs.formats import FORMATS
 from commq.codecs.rotation import Rotation
-from commq.lowp.emulate import emulated, gain, rotated
+from commq.lowp.emulate import emulated, gain
 from commq.lowp.gemm import gemm, precision
 from commq.lowp.operand import OUTLIER, operand
 from commq.lowp.product import Plan, Product
-from commq.lowp.quantize import Counter, quantized
+from commq.lowp.quantize import Counter, quantized, rotated
 from commq.lowp.recipes import PRECISIONS
 from numerics import nasty_inputs
 

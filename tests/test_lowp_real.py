@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
-import importlib.util
 import pickle
-import sys
 from collections.abc import Iterator
 
 import pytest
@@ -24,6 +22,7 @@ from commq.lowp.product import Plan, Product
 from commq.lowp.quantize import quantized
 from commq.lowp.random import random_bits
 from commq.lowp.recipes import PRECISIONS
+from interpreted import interpreting
 from lowp_cases import INT8_PRODUCTS, PAIRS, REAL, counter, hard_input, products
 
 HOPPER = (9, 0)
@@ -90,21 +89,8 @@ def test_scaled_mm_takes_these_scales(text, shape):
 
 @pytest.fixture(scope="module")
 def interpreted() -> Iterator[None]:
-    """Interpreted copies of the Triton modules, which take CPU tensors."""
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("triton is not installed; pip install triton")
-    importlib.import_module("triton.language")
-
-    def ours() -> list[str]:
-        return [name for name in sys.modules if name.startswith(("commq.codecs.triton_", "commq.lowp.triton_"))]
-
-    compiled = {name: sys.modules.pop(name) for name in ours()}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")
+    with interpreting():
         yield
-    for name in ours():
-        del sys.modules[name]
-    sys.modules.update(compiled)
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, about infinities
@@ -184,7 +170,7 @@ def test_one_graph_holds_all_of_it(recipe, autocast):
 def test_a_compiled_model_follows_its_policy():
     """Formats of other widths, block scales and tiles come and go in one place: each has a graph, the same bits.
 
-    Random bits and signs are operators in it: a compiler would take keys that are symbols for floats.
+    What quantizes is an operator in it: traces stay short, and a compiler would take keys that are symbols for floats.
     """
     runs, called = [], set()
 
@@ -207,7 +193,7 @@ def test_a_compiled_model_follows_its_policy():
             found += [y, *torch.autograd.grad(y.square().sum(), model.parameters())]
         runs.append(found)
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
-    assert any("lowp_signs" in name for name in called) and not any("xor" in name for name in called), called
+    assert any("lowp_quantize" in name for name in called) and not any("xor" in name for name in called), called
 
 
 def test_a_copied_plan_is_that_plan():

@@ -1,8 +1,11 @@
 """The Triton kernels compile for a GPU where there is none: interpreted kernels accept what the compiler refuses."""
 
+import subprocess
 import sys
 from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
+from tempfile import NamedTemporaryFile
 
 import pytest
 import torch
@@ -85,3 +88,49 @@ def test_rows_of_samples_compile(dtype, compiling):
     triton_samples.difference(x, rows[:2], None, delta)
     triton_samples.advance(rows, ids, delta, None, None, ids, rows, ids)
     triton_samples.advance(None, None, delta, x, ids, ids, rows[:2], None)
+
+
+@pytest.mark.parametrize(
+    ("text", "rotation"),
+    [
+        ("int4/1x32+all:stochastic", 32),
+        ("mxfp4/1x32:stochastic", 32),
+        ("nvfp4/1x16:stochastic", 16),
+        ("int8/128x128:stochastic", 0),
+        ("int4/tensor", 0),
+    ],
+)
+def test_quantizing_compiles_and_keeps_all_in_registers(text, rotation, compiling, monkeypatch):
+    """Nothing is spilled, and a matrix and its transpose are loaded and stored 16 bytes at a time."""
+    from triton.runtime.jit import KernelInterface
+
+    from commq.lowp import triton_quantize
+    from commq.lowp.operand import operand
+
+    made = []
+
+    def launcher(kernel, grid):
+        return lambda *args, **options: made.append(kernel.warmup(*args, grid=grid, **options))
+
+    monkeypatch.setattr(KernelInterface, "__getitem__", launcher)
+    x, key = torch.zeros(256, 384, dtype=torch.bfloat16), (1, 2, 3)
+    for view in (x, x.T):
+        triton_quantize.quantize(
+            view, torch.empty(view.shape), operand(text), torch.tensor(3), rotation, rotation > 0, key
+        )
+    assert len(made) == (4 if text.startswith("nvfp4") else 2)
+    for kernel in made:
+        assert kernel.asm["ptx"].count("ld.global.v4.b32") and not stack_bytes(kernel)
+    assert made[-1].asm["ptx"].count("st.global.v4.b32")
+
+
+def stack_bytes(kernel):
+    """What a compiled kernel keeps outside of registers, a thread."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        usage = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
+    return int(usage.stdout.partition("STACK:")[2].split()[0])

@@ -121,6 +121,31 @@ def e4m3_up(y):
 
 
 @triton.jit
+def scale_patterns(bits_G, group_G, marked_G, FMT: tl.constexpr, NEAREST: tl.constexpr):
+    """Patterns of the scales of magnitudes, as bits, 0 where marked. group_G: largest of their group, for e4m3 only.
+
+    NEAREST: a bfloat16 is not rounded up.
+    """
+    if FMT.scale == "e8m0":
+        e_G = ((bits_G + (0x7FFFFF - FMT.max_fraction)) >> 23) - FMT.max_exponent
+        scale_G = tl.minimum(tl.maximum(e_G, 0), 254 - FMT.max_exponent)
+        scale_G = tl.where(marked_G, 0xFF, scale_G)
+    elif FMT.scale == "e4m3":
+        up_G = lift(group_G)
+        y_G = (bits_float(bits_G) * up_G) * inverse_of(group_G, up_G, 448.0)
+        scale_G = tl.where(marked_G, 0x7F, e4m3_up(tl.minimum(y_G, 448.0)))
+    elif FMT.scale == "fp32":
+        scale_G = tl.where(marked_G, 0x7FC00000, bits_G)
+    else:
+        if NEAREST:
+            bf16_G = (bits_G + 0x7FFF + ((bits_G >> 16) & 1)) >> 16
+        else:
+            bf16_G = (bits_G + 0xFFFF) >> 16
+        scale_G = tl.where(marked_G, 0x7FC0, tl.minimum(bf16_G, 0x7F7F))
+    return scale_G
+
+
+@triton.jit
 def encode_scales(h_GB, valid_G, FMT: tl.constexpr, MEAN: tl.constexpr, G: tl.constexpr):
     """Scale patterns, group scale of each block (float32) and marks; see scales.encode_scales."""
     bits_G = max_bits(h_GB)
@@ -128,29 +153,13 @@ def encode_scales(h_GB, valid_G, FMT: tl.constexpr, MEAN: tl.constexpr, G: tl.co
     bits_G = tl.where(marked_G, 0, bits_G)
     amax_G = bits_float(bits_G)
     group_G = amax_G
-    if FMT.scale == "e8m0":
-        e_G = ((bits_G + (0x7FFFFF - FMT.max_fraction)) >> 23) - FMT.max_exponent
-        scale_G = tl.minimum(tl.maximum(e_G, 0), 254 - FMT.max_exponent)
-        scale_G = tl.where(marked_G, 0xFF, scale_G)
-    elif FMT.scale == "e4m3":
+    if FMT.scale == "e4m3":
         shape: tl.constexpr = [G // FMT.per_group, FMT.per_group]
         group_Q = bits_float(max_bits(tl.reshape(amax_G, shape)))
         group_G = tl.reshape(tl.broadcast_to(group_Q[:, None], shape), [G])
-        up_G = lift(group_G)
-        y_G = (amax_G * up_G) * inverse_of(group_G, up_G, 448.0)
-        scale_G = tl.where(marked_G, 0x7F, e4m3_up(tl.minimum(y_G, 448.0)))
-    else:
-        if MEAN:
-            bits_G = mean_bits(tl.where(marked_G[:, None], 0.0, h_GB), amax_G, valid_G, G, FMT.block)
-        if FMT.scale == "fp32":
-            scale_G = tl.where(marked_G, 0x7FC00000, bits_G)
-        else:
-            if MEAN:
-                bf16_G = (bits_G + 0x7FFF + ((bits_G >> 16) & 1)) >> 16
-            else:
-                bf16_G = (bits_G + 0xFFFF) >> 16
-            scale_G = tl.where(marked_G, 0x7FC0, tl.minimum(bf16_G, 0x7F7F))
-    return scale_G, group_G, marked_G
+    if MEAN:
+        bits_G = mean_bits(tl.where(marked_G[:, None], 0.0, h_GB), amax_G, valid_G, G, FMT.block)
+    return scale_patterns(bits_G, group_G, marked_G, FMT, MEAN), group_G, marked_G
 
 
 @triton.jit

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from commq.codecs.rotation import Rotation, rotate
+from commq.codecs.rotation import Rotation
 from commq.lowp.gemm import Gemm
-from commq.lowp.quantize import Counter, quantized
-from commq.lowp.random import random_signs
+from commq.lowp.quantize import Counter
+from commq.lowp.values import values
 
 FIRST, SECOND, SIGNS = 0, 1, 2
 """What a GEMM's random bits are for; each has a stream of its own."""
@@ -21,22 +20,15 @@ def emulated(a_RC: Tensor, b_SC: Tensor, gemm: Gemm, counters: tuple[Counter, Co
     The product is exact in its operands but for float32 sums (torch's default: no TF32). counters: of both operands and
     of the signs.
     """
-    if gemm.rotation is not None:
-        a_RC, b_SC = (rotated(each, gemm.rotation, counters[SIGNS]) for each in (a_RC, b_SC))
-    a_RC, b_SC = quantized(a_RC, gemm.first, counters[FIRST]), quantized(b_SC, gemm.second, counters[SECOND])
+    a_RC, b_SC = (
+        values(each, operand, counter, gemm.rotation, counters[SIGNS])
+        for each, operand, counter in ((a_RC, gemm.first, counters[FIRST]), (b_SC, gemm.second, counters[SECOND]))
+    )
     if a_RC.dtype != b_SC.dtype:
         a_RC, b_SC = a_RC.to(torch.float32), b_SC.to(torch.float32)
     product = a_RC @ b_SC.T
-    return product if gemm.rotation is None else product * gain(gemm.rotation)
-
-
-def rotated(x_RC: Tensor, rotation: Rotation, counter: Counter) -> Tensor:
-    """Runs along the contraction rotated; padded with zeros to whole runs."""
-    x_RC = F.pad(x_RC.to(torch.float32), (0, -x_RC.shape[1] % rotation.size)).contiguous()
-    signs = None
-    if rotation.signs:
-        signs = random_signs(counter.step.to(x_RC.device), rotation.size, counter.seed, counter.stream)
-    return rotate(x_RC.view(-1), rotation, signs).view(x_RC.shape)
+    factor = 1.0 if gemm.rotation is None else gain(gemm.rotation)
+    return product if factor == 1.0 else product * factor
 
 
 def gain(rotation: Rotation) -> float:

@@ -1,6 +1,7 @@
 """Quantize one operand and give its values back: exact emulation, in plain torch, with the codecs' arithmetic.
 
-R rows, C columns (the contraction), G tiles of B elements. Compiled graphs may contain this.
+R rows, C columns (the contraction), G tiles of B elements. This is the specification of triton_quantize.py; `values`
+(values.py) is one or the other.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from commq.codecs.reference import decode_blocks, encode_blocks
+from commq.codecs.rotation import Rotation, rotate
 from commq.lowp.operand import OUTLIER, Operand
-from commq.lowp.random import random_bits
+from commq.lowp.random import random_bits, random_signs
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -36,7 +38,7 @@ def quantized(x_RC: Tensor, operand: Operand, counter: Counter) -> Tensor:
     infinity is NaN.
     """
     if operand.is_raw:
-        return x_RC.to(_DTYPES[operand.format.name])
+        return raw(x_RC, operand)
     h_GB, shape = tiles(x_RC.to(torch.float32), operand.tile)
     random_GB = random_of(h_GB, counter) if operand.rounding == "stochastic" else None
     if operand.second == "none":
@@ -46,6 +48,20 @@ def quantized(x_RC: Tensor, operand: Operand, counter: Counter) -> Tensor:
     if operand.second == "outliers":
         second_GB = torch.where(outliers(h_GB)[:, None], second_GB, 0.0)
     return untiled(first_GB + second_GB, shape)
+
+
+def raw(x_RC: Tensor, operand: Operand) -> Tensor:
+    """A raw operand: the matrix in its dtype."""
+    return x_RC.to(_DTYPES[operand.format.name])
+
+
+def rotated(x_RC: Tensor, rotation: Rotation, counter: Counter) -> Tensor:
+    """Runs along the contraction rotated; padded with zeros to whole runs. counter: of the signs."""
+    x_RC = F.pad(x_RC.to(torch.float32), (0, -x_RC.shape[1] % rotation.size)).contiguous()
+    signs = None
+    if rotation.signs:
+        signs = random_signs(counter.step.to(x_RC.device), rotation.size, counter.seed, counter.stream)
+    return rotate(x_RC.view(-1), rotation, signs).view(x_RC.shape)
 
 
 def outliers(h_GB: Tensor) -> Tensor:

@@ -11,7 +11,6 @@ import os
 import torch
 from torch import Tensor
 
-from commq.codecs import philox
 from commq.codecs.philox import random_u16
 
 
@@ -38,7 +37,9 @@ def _(clock: Tensor, count: int, seed: int, stream: int) -> Tensor:
 @torch.library.custom_op("commq::lowp_signs", mutates_args=())
 def random_signs(clock: Tensor, size: int, seed: int, stream: int) -> Tensor:
     """`size` signs for all runs of a rotation: those of `philox.random_signs`, on the device of clock."""
-    return philox.random_signs(size, seed=seed, step=clock, stream=stream, device=clock.device)
+    bits = random_bits(clock, -(-size // 16), seed, stream)  # of the same counters: 16 signs are those of one element
+    signs = 1 - 2 * ((bits[:, None] >> torch.arange(16, device=clock.device)) & 1)
+    return signs.view(-1)[:size].to(torch.float32)
 
 
 @random_signs.register_fake

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from commq.lowp.emulate import SIGNS, rotated
+from commq.lowp.emulate import SIGNS
 from commq.lowp.gemm import GEMMS, Gemm
-from commq.lowp.quantize import Counter, outliers, quantized, tiles
+from commq.lowp.quantize import Counter, outliers, rotated, tiles
+from commq.lowp.values import values
 
 OPERANDS = (("input", "weight"), ("gradient", "weight"), ("gradient", "input"))
 """First and second operand of each GEMM."""
@@ -53,7 +54,7 @@ def measure(
     found = []
     for i, (x, operand) in enumerate(((a_RC, gemm.first), (b_SC, gemm.second))):
         h = x.to(torch.float32) if gemm.rotation is None else rotated(x, gemm.rotation, counters[SIGNS])
-        q = quantized(h, operand, counters[i]).to(torch.float32)
+        q = values(x, operand, counters[i], gemm.rotation, counters[SIGNS]).to(torch.float32)
         fine = q.isfinite() & h.isfinite()
         signal = torch.where(fine, h, 0.0).square().sum()
         noise = torch.where(fine, q - h, 0.0).square().sum()
