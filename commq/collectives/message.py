@@ -36,6 +36,12 @@ def with_stream(coding: Coding, stream: int) -> Coding:
     return replace(coding, stream=stream)
 
 
+@lru_cache(maxsize=1024)
+def with_step(coding: Coding, step: int) -> Coding:
+    """The coding of optimizer step `step`. Remembered: all buckets ask for the same one."""
+    return replace(coding, step=step)
+
+
 @dataclass(frozen=True)
 class Operand:
     """One source as tensors."""
@@ -77,15 +83,15 @@ class PartOperand:
 
     def sent(self, rows_KS: Tensor) -> Tensor:
         """The part's bytes in rows of the first hop."""
-        return rows_KS[:, self.part.offset : self.part.offset + self.part.layout.chunk_bytes]
+        return _columns(rows_KS, self.part.offset, self.part.layout.chunk_bytes)
 
     def sent_inside(self, rows_KS: Tensor) -> Tensor:
         """The part's bytes in rows inside a host."""
-        return rows_KS[:, self.part.inside_offset : self.part.inside_offset + self.part.inside.chunk_bytes]
+        return _columns(rows_KS, self.part.inside_offset, self.part.inside.chunk_bytes)
 
     def answered(self, rows_KS: Tensor) -> Tensor:
-        """The part's bytes in rows of the second hop."""
-        return rows_KS[:, self.part.answer_offset : self.part.answer_offset + self.part.answer.chunk_bytes]
+        """The part's bytes in rows of the second hop, or in one row (S,)."""
+        return _columns(rows_KS, self.part.answer_offset, self.part.answer.chunk_bytes)
 
 
 def make_messages(
@@ -132,7 +138,7 @@ class Message:
         """The same tensors are exchanged in optimizer step `step`: the counter of random bits follows."""
         for part in self.parts:
             if part.coding.step != step:
-                part.coding = replace(part.coding, step=step)
+                part.coding = with_step(part.coding, step)
 
     def take(self, rows: int, nbytes: int) -> Tensor:
         """A buffer of (rows, nbytes); zeros where parts leave gaps, so that what is sent is never stale memory."""
@@ -198,6 +204,11 @@ class Message:
         ids = torch.arange(count, device=self.device)
         valid = (layout.numel - ids * layout.format.block).clamp(0, layout.format.block).to(torch.int32)
         return Blocks(ids + first, valid)
+
+
+def _columns(rows: Tensor, start: int, count: int) -> Tensor:
+    """A view, which is one more call to torch: none is made of all there is."""
+    return rows if count == rows.shape[-1] else rows.narrow(-1, start, count)
 
 
 def _blocks_of(part: Part, layout: Layout) -> slice:

@@ -33,12 +33,13 @@ def two_shot(message: Message) -> Schedule:
     yield transport.all_to_all(outgoing, incoming)
 
     message.give(outgoing)
-    row = message.take(1, plan.answer_bytes)
+    own = message.take(1, plan.answer_bytes)
+    row = own[0]
     for part in message.parts:
         codec.decode_sum_encode(
             part.sent(incoming),
             part.part.layout,
-            part.answered(row)[0],
+            part.answered(row),
             part.part.answer,
             with_stream(part.coding, ANSWER_STREAM),
             chunk=rank,
@@ -48,9 +49,9 @@ def two_shot(message: Message) -> Schedule:
         )
     message.give(incoming)
     answers = message.take_received(world_size, plan.answer_bytes)
-    yield transport.all_gather(row[0], answers)
+    yield transport.all_gather(row, answers)
 
-    message.give(row)
+    message.give(own)
     for part in message.parts:
         codec.decode_bucket(part.answered(answers), part.part.answer, part.out, part.coding)
     message.give(answers)
