@@ -208,7 +208,9 @@ class Message:
 
 def _columns(rows: Tensor, start: int, count: int) -> Tensor:
     """A view, which is one more call to torch: none is made of all there is."""
-    return rows if count == rows.shape[-1] else rows.narrow(-1, start, count)
+    if count == rows.shape[-1]:
+        return rows
+    return rows[:, start : start + count] if rows.dim() == 2 else rows[start : start + count]
 
 
 def _blocks_of(part: Part, layout: Layout) -> slice:
