@@ -83,15 +83,15 @@ class PartOperand:
 
     def sent(self, rows_KS: Tensor) -> Tensor:
         """The part's bytes in rows of the first hop."""
-        return _columns(rows_KS, self.part.offset, self.part.layout.chunk_bytes)
+        return rows_KS[:, self.part.offset : self.part.offset + self.part.layout.chunk_bytes]
 
     def sent_inside(self, rows_KS: Tensor) -> Tensor:
         """The part's bytes in rows inside a host."""
-        return _columns(rows_KS, self.part.inside_offset, self.part.inside.chunk_bytes)
+        return rows_KS[:, self.part.inside_offset : self.part.inside_offset + self.part.inside.chunk_bytes]
 
     def answered(self, rows_KS: Tensor) -> Tensor:
-        """The part's bytes in rows of the second hop, or in one row (S,)."""
-        return _columns(rows_KS, self.part.answer_offset, self.part.answer.chunk_bytes)
+        """The part's bytes in rows of the second hop."""
+        return rows_KS[:, self.part.answer_offset : self.part.answer_offset + self.part.answer.chunk_bytes]
 
 
 def make_messages(
@@ -149,6 +149,16 @@ class Message:
         """The same for what a move fills from end to end."""
         return self.transport.memory.take(rows, nbytes, self.device)
 
+    def sent(self, rows_KS: Tensor) -> Sequence[Tensor]:
+        """Rows of the first hop by parts: views, of which one call makes all."""
+        splits = self.plan.splits
+        return (rows_KS,) if len(splits) == 1 else rows_KS.split_with_sizes(splits, -1)
+
+    def answered(self, rows: Tensor) -> Sequence[Tensor]:
+        """The same of rows of the second hop, or of one row (S,)."""
+        splits = self.plan.answer_splits
+        return (rows,) if len(splits) == 1 else rows.split_with_sizes(splits, -1)
+
     def give(self, *buffers: Tensor) -> None:
         self.transport.memory.give(*buffers)
 
@@ -204,13 +214,6 @@ class Message:
         ids = torch.arange(count, device=self.device)
         valid = (layout.numel - ids * layout.format.block).clamp(0, layout.format.block).to(torch.int32)
         return Blocks(ids + first, valid)
-
-
-def _columns(rows: Tensor, start: int, count: int) -> Tensor:
-    """A view, which is one more call to torch: none is made of all there is."""
-    if count == rows.shape[-1]:
-        return rows
-    return rows[:, start : start + count] if rows.dim() == 2 else rows[start : start + count]
 
 
 def _blocks_of(part: Part, layout: Layout) -> slice:

@@ -89,8 +89,8 @@ class C10d:
         self._gather_by_all_to_all = dist.get_backend(self.group) == "gloo"
 
     def all_to_all(self, send_WS: Tensor, recv_WS: Tensor) -> Move:
-        self.memory.sent_bytes += send_WS.numel() - send_WS.shape[1]
-        row_bytes = send_WS.shape[1]
+        rows, row_bytes = send_WS.shape
+        self.memory.sent_bytes += (rows - 1) * row_bytes
         if (part := slice_bytes(send_WS, row_bytes, self)) < row_bytes:
             return self._in_slices(list(send_WS), list(recv_WS), slices(row_bytes, part))
         return self._call("all_to_all", getattr(self.group, _ALL_TO_ALL), recv_WS, send_WS, [], [], _ALL_TO_ALL_OPTIONS)
