@@ -43,6 +43,7 @@ sys.path[:0] = [str(ROOT), str(ROOT.parent), str(ROOT.parent / "launch")]
 
 from commq.collectives.group import transport_of  # noqa: E402
 from gpt2 import MODELS  # noqa: E402
+from host_parts import host_parts  # noqa: E402
 from lab import gbit, link_bytes, set_rate  # noqa: E402
 from model import milliseconds  # noqa: E402
 from recipe_text import read_recipe, split_recipes  # noqa: E402
@@ -146,8 +147,10 @@ class Worker:
             "host_us_per_bucket": statistics.median(host) if host else None,
             "host_us_slowest": max(host) if host else None,
         }
-        if self.args.profile and self.device.type == "cuda":
-            row["profile"] = training.profile()
+        if self.args.profile:
+            row["host_parts"] = host_parts(training.step)
+            if self.device.type == "cuda":
+                row["profile"] = training.profile()
         return row
 
     def _compare(self, row: Row) -> Row:
@@ -235,7 +238,7 @@ def main() -> None:
     add("--methods", default="", help="only those that begin with one of these, separated by commas")
     add("--bucket-cap-mb", type=int, default=DDP_OPTIONS["bucket_cap_mb"], help="of DDP, for all rows")
     add("--device", default="cuda", choices=("cpu", "cuda"))
-    add("--profile", action="store_true", help="count allocations and synchronizations, too (CUDA)")
+    add("--profile", action="store_true", help="parts of the hook's host time; CUDA: count allocations, too")
     add("--budget", type=float, default=float("inf"), help="seconds after which no new row starts")
     add("--out", default="out/step.jsonl")
     add("--worker", action="store_true", help="be a rank of what is there, without a lab")

@@ -5,17 +5,21 @@ from __future__ import annotations
 import operator
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd import profiler
+from torch.autograd.profiler import record_function
 from torch.distributed.algorithms.ddp_comm_hooks import debugging_hooks, default_hooks, powerSGD_hook
 from torch.nn.parallel import DistributedDataParallel
 
 import commq
 from commq.collectives.plan import ring_bytes
+from host_parts import HOOK
 from recipe_text import read_recipe
 from step_peers import peer_hooks
 
@@ -147,7 +151,8 @@ def _wrap(model: nn.Module) -> tuple[Attached, DistributedDataParallel]:
         def watched(state, bucket):  # DDP would read annotations, and not understand strings
             buckets[bucket.index()] = bucket.buffer().numel()
             start = time.perf_counter()
-            future = hook(state, bucket)
+            with record_function(HOOK) if profiler._is_profiler_enabled else nullcontext():
+                future = hook(state, bucket)
             host_seconds.append(time.perf_counter() - start)
             return future
 

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from host_parts import text
+
 BASELINE = "no communication"
 Row = dict[str, Any]
 KEY = ("parallel", "model", "rows", "hosts", "ranks_per_host", "bucket_cap_mb", "rate", "method")
@@ -28,7 +30,7 @@ def line(row: Row) -> str:
     """A row of the table; bytes are those of a rank and step."""
     if "error" in row:
         return f"{row['rate']:>9} {row['method']:<32} left out: {row['error']}"
-    text = f"{row['rate']:>9} {row['method']:<32} " + " ".join(
+    times = f"{row['rate']:>9} {row['method']:<32} " + " ".join(
         f"{row[name]:9.1f}" if row.get(name) is not None else f"{'-':>9}"
         for name in ("median_ms", "mean_ms", "fastest_ms", "slowest_ms", "expected_ms", "beyond_ms")
     )
@@ -39,4 +41,6 @@ def line(row: Row) -> str:
     if profile:
         extra = f"  {profile.get('allocations_beyond', 0.0):+.0f} allocations, {profile['segments']:.1f} segments, "
         extra += f"{profile['synchronizations']:.1f} synchronizations a step"
-    return f"{text}    {sent} {row['link_bytes'] / 1e6:8.2f} {host}{extra}"
+    if row.get("host_parts"):
+        extra += "\n" + text(row["host_parts"])
+    return f"{times}    {sent} {row['link_bytes'] / 1e6:8.2f} {host}{extra}"

@@ -17,7 +17,8 @@ class Stats:
     """Bytes this rank sent, scales, exemptions and padding included (what it kept for itself is not counted)."""
     received_bytes: int
     seconds: float
-    """Time spent encoding, exchanging and decoding (it may overlap with backward on a GPU)."""
+    """Time spent encoding, exchanging and decoding: on a GPU, where it may overlap with backward, of all of the first
+    16 steps, then of one step in 16, which counts for all of them."""
     residual_norm: float
     """2-norm of all residuals of this rank."""
 

@@ -1,6 +1,7 @@
 """schedule="auto": the choice as integers, and what all ranks must have in common."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -173,7 +174,7 @@ def test_what_needs_the_host_is_not_captured(monkeypatch):
     time_call(lambda: None, torch.device("cpu"))
     state = commq.HookState("int4", transport=Recorder())
     with pytest.raises(RuntimeError, match=r"commq's hook of DDP cannot be captured .*two_shot"):
-        state._begin_step(torch.device("cuda"))
+        commq.comm_hook(state, SimpleNamespace(buffer=lambda: SimpleNamespace(device=torch.device("cuda"))))
 
 
 @thread_ranks(2, 3)

@@ -10,6 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import commq
 from against_plain import Net, backward, batch, grads_of, run, same_bits, same_on_all_ranks, vector
+from commq.attach.clock import EVERY, Clock
 from commq.collectives.arguments import PIECE_BYTES
 from commq.collectives.transport import C10d
 from fake_bucket import FakeBucket, Recorder, buckets_of, exchange_all
@@ -91,6 +92,59 @@ def test_an_error_in_a_hook_leaves_nothing_under_way():
         commq.comm_hook(state, bucket)
     assert len(state.transport.log) == 8 and not future.done()
     assert state.stats().steps == 3
+
+
+class Event:
+    """A CUDA event: a second passes between the two of a pair."""
+
+    def __init__(self, log):
+        self.log = log
+
+    def record(self, stream):
+        self.log.append(stream)
+
+    def query(self):
+        return True
+
+    def synchronize(self):
+        pass
+
+    def elapsed_time(self, end):
+        return 1000.0
+
+
+def test_the_clock_times_some_steps_for_all(monkeypatch):
+    """One second in each of three buckets a step: all of the first EVERY steps, then one in EVERY."""
+    clock, log = Clock(), []
+    monkeypatch.setattr(clock, "_pair", lambda: (Event(log), Event(log)))
+    for step in range(3 * EVERY):
+        for _ in range(3):
+            pair = clock.begin("side")
+            assert (pair is not None) == (step < EVERY or step % EVERY == 0)
+            if pair is not None:
+                clock.end(pair, "side")
+        clock.next_step()
+    assert clock.seconds() == 3 * 3 * EVERY
+    assert log == ["side"] * (2 * 3 * (EVERY + 2))
+
+
+def test_copies_of_gradients_have_memory_while_they_travel():
+    """Weights of no whole number of blocks are copied to aligned places, by views that serve in every step."""
+    state, laid = commq.HookState("int4", transport=Recorder()), []
+    buckets = buckets_of([nn.Parameter(torch.empty(65, 65)) for _ in range(3)], weights(1))
+    for step in range(3):
+        gradients = torch.randn(3, 65 * 65, generator=torch.Generator().manual_seed(step))
+        buckets[0].buffer().copy_(gradients.flatten())
+        commq.comm_hook(state, buckets[0])
+        laid.append(state._layouts._known[0, 0].laid)
+        copy = laid[-1].coded[0].x_N
+        assert copy.untyped_storage().nbytes() == copy.nbytes > gradients.nbytes
+        places = copy.view(3, -1)
+        assert torch.equal(places[:, : 65 * 65], gradients) and not bool(places[:, 65 * 65 :].any())
+        commq.comm_hook(state, buckets[1])
+        assert copy.untyped_storage().nbytes() == 0
+        assert not bool(buckets[0].buffer().any())  # what the recorder brings
+    assert laid[0] is laid[1] is laid[2]
 
 
 @thread_ranks(1, 3)

@@ -12,6 +12,7 @@ sys.path.append(str(Path(__file__).parent.parent / "bench"))
 
 from gpt2 import GPT2, MODELS
 from harness import process_ranks
+from host_parts import host_parts
 from lab import set_rate
 from step import Worker, collect
 from step_methods import ddp_methods
@@ -68,6 +69,16 @@ def test_every_method_has_a_row():
         compared = worker._compare({**base, "method": "x", "median_ms": 150.0, "sent_bytes": megabytes * 10**6})
         assert compared["expected_ms"] == pytest.approx(expected)
         assert compared["beyond_ms"] == pytest.approx(50.0)
+
+    # What a hook spends its time on: each message is encoded, moved twice and decoded.
+    (method,) = (method for method in ddp_methods(["int4"], 2) if method.name == "commq int4")
+    training = Training(method, MODELS["tiny"], 1, torch.device("cpu"))
+    training.step()
+    parts = host_parts(training.step, 2)
+    assert {"encode", "sum", "decode", "moves", "python"} <= parts["us"].keys()
+    assert min(parts["us"].values()) > 0
+    moves = sum(count for name, count in parts["calls"].items() if name.startswith("c10d::"))
+    assert moves >= 2 and moves == int(moves)
 
     # A model must not outlive its row: 27 of them do not fit on a GPU.
     for method in ddp_methods(["int4"], 2):

@@ -86,7 +86,7 @@ class Coded:
         return [tensor for tensor in (*own, self.answer_residual) if tensor is not None]
 
     def lay(self, buffer: Tensor) -> CodedTensors:
-        tensors = CodedTensors(buffer if self.in_place else buffer.new_zeros(self.numel), [], [], [], buffer, self)
+        tensors = CodedTensors(buffer if self.in_place else buffer.new_empty(self.numel), [], [], [], buffer, self)
         for start, s, live in () if self.in_place else zip(self.starts, self.segments, self.lives, strict=True):
             place = tensors.x_N[s.offset : s.offset + s.numel]
             if live is None:
@@ -129,7 +129,10 @@ class RawTensors:
 
 @dataclass(frozen=True)
 class CodedTensors:
-    """The same of a coded group; nothing to copy in place."""
+    """The same of a coded group; nothing to copy in place.
+
+    A copy has memory from `gather` to `scatter` only, so that the views of it serve in every step.
+    """
 
     x_N: Tensor
     views: list[Tensor]
@@ -140,6 +143,9 @@ class CodedTensors:
     group: Coded
 
     def gather(self) -> None:
+        if not self.group.in_place:
+            self.x_N.untyped_storage().resize_(self.x_N.nbytes)
+            self.x_N.zero_()
         if self.places:
             torch._foreach_copy_(self.places, self.views)
         for live, place in self.picked:
@@ -150,6 +156,8 @@ class CodedTensors:
             torch._foreach_copy_(self.views, self.places)
         for live, place in self.picked:
             self.buffer.index_copy_(0, live, place)
+        if not self.group.in_place:
+            self.x_N.untyped_storage().resize_(0)
         if self.group.residual is not None and self.group.padding is not None:
             self.group.residual.values[self.group.padding] = 0
 
@@ -161,11 +169,6 @@ class Bucket:
     sources: tuple[Source, ...]
     """One for each group."""
     groups: tuple[Coded | Raw, ...]
-
-    @property
-    def in_place(self) -> bool:
-        """No group is copied but the exempt ones: its tensors can be laid once, and are used in every step."""
-        return all(isinstance(group, Raw) or group.in_place for group in self.groups)
 
 
 @dataclass(frozen=True)

@@ -254,12 +254,13 @@ class HookState:
         refuse_capture("commq's hook of DDP", _CAPTURE, buffer.device)
         future: Future[Tensor] = Future(devices=[buffer.device]) if buffer.is_cuda else Future()
         try:
-            with self._flight.on(buffer.device, f"bucket {grads.index()}"):
-                if grads.index() <= self._bucket:
+            index = grads.index()
+            with self._flight.on(buffer.device, f"bucket {index}"):
+                if index <= self._bucket:
                     self._end_step()
                 if self._bucket < 0:
                     self._begin_step(buffer.device)
-                self._bucket = grads.index()
+                self._bucket = index
                 if self.transport.world_size > 1:
                     self._add(grads, buffer, future)
                 else:
@@ -334,7 +335,7 @@ class HookState:
                 self._layouts.forget()
 
     def _end_step(self) -> None:
-        self._flight.abandon()  # nothing is left, but of a step that was broken off
+        self._flight.end_step()  # nothing is left, but of a step that was broken off
         self._bucket = -1
         self.step += 1
         self._layouts.settle()

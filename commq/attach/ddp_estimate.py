@@ -83,14 +83,14 @@ class _Rehearsal:
         for group in bucket.groups:
             self._count(group)
         laid = lay(bucket, route.plans, buffer, coding, recipe.feedback.weight, transport, "reference")
-        copied = nbytes(*(raw.x_N for raw in laid.raw), *(coded.x_N for coded in laid.coded if coded.places))
-        transport.counter.count(copied)
+        copied = nbytes(*(coded.x_N for coded in laid.coded if coded.places))
+        transport.counter.count(copied + nbytes(*(raw.x_N for raw in laid.raw)))
         left = len(laid.messages)
 
         def ended() -> None:
             nonlocal left
             left -= 1
-            if left == 0 and not bucket.in_place:
+            if left == 0:
                 transport.counter.count(-copied)
 
         for message in laid.messages:

@@ -7,8 +7,9 @@ the host goes on. What is queued, and in which order, depends on the order of th
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch.autograd import profiler
@@ -26,19 +27,15 @@ class Flight:
         self.clock = Clock()
         self._exchange = Exchange()
         self._side: torch.cuda.Stream | None = None
+        self._entered: torch.cuda.Event
+        """Recorded anew each time: a wait is for the last record before it."""
 
-    @contextmanager
-    def on(self, device: torch.device, name: str) -> Iterator[None]:
+    def on(self, device: torch.device, name: str) -> AbstractContextManager[None]:
         """Time what happens inside; on CUDA do it on the side stream, after what the current stream has queued.
 
         torch.profiler shows it as a range commq::<name>.
         """
-        if profiler._is_profiler_enabled:
-            with profiler.record_function(f"commq::{name}"), self._on(device):
-                yield
-        else:
-            with self._on(device):
-                yield
+        return self._shown_on(device, name) if profiler._is_profiler_enabled else self._on(device)
 
     def add(self, laid: Laid, route: Route, step: int, arrived: Callable[[], None]) -> None:
         """Start a bucket, and let those before it go on. `arrived` is called when its gradients are averaged."""
@@ -51,8 +48,6 @@ class Flight:
                 laid.scatter()
                 arrived()
 
-        if self._side is not None:
-            laid.buffer.record_stream(self._side)  # an error may free it before the side stream has passed it
         laid.gather(step)
         for message in laid.messages:
             self._exchange.add(route.build(message), ended)
@@ -68,25 +63,41 @@ class Flight:
         if self._side is not None:
             torch.cuda.current_stream(device).wait_stream(self._side)
 
+    def end_step(self) -> None:
+        """Forget what is under way, and time the next step if it is due."""
+        self._exchange.abandon()
+        self.clock.next_step()
+
     def abandon(self) -> None:
         """Forget what is under way, after an error."""
         self._exchange.abandon()
 
     @contextmanager
+    def _shown_on(self, device: torch.device, name: str) -> Iterator[None]:
+        with profiler.record_function(f"commq::{name}"), self._on(device):
+            yield
+
+    @contextmanager
     def _on(self, device: torch.device) -> Iterator[None]:
         if device.type != "cuda":
-            with self.clock.running(device):
+            start = time.perf_counter()
+            try:
                 yield
+            finally:
+                self.clock.add(time.perf_counter() - start)
             return
         if self._side is None:
             # Its kernels are short and the link waits for them: they go before those of backward.
-            self._side = torch.cuda.Stream(device, priority=-1)
+            self._side, self._entered = torch.cuda.Stream(device, priority=-1), torch.cuda.Event()
         # By number, and without torch.cuda.stream: what looks devices up costs the host as much as a launch, each time.
-        outside = torch.cuda.current_stream(self._side.device_index)
-        self._side.wait_stream(outside)
-        torch.cuda.set_stream(self._side)
+        side, outside = self._side, torch.cuda.current_stream(self._side.device_index)
+        self._entered.record(outside)
+        side.wait_event(self._entered)
+        torch.cuda.set_stream(side)
         try:
-            with self.clock.running(device):
-                yield
+            timed = self.clock.begin(side)
+            yield
+            if timed is not None:
+                self.clock.end(timed, side)
         finally:
             torch.cuda.set_stream(outside)

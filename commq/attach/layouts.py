@@ -38,7 +38,7 @@ class Known:
     route: Route
     nbytes: int
     laid: Laid | None = None
-    """In the buffer that it last had, if nothing but exempt elements was copied."""
+    """In the buffer that it last had."""
 
 
 class Layouts:
@@ -153,7 +153,10 @@ class Layouts:
             return laid
         weight = self.recipe.feedback.weight
         laid = lay(known.bucket, known.route.plans, buffer, self._coding(), weight, self.transport, self.backend)
-        known.laid = laid if known.bucket.in_place else None
+        known.laid = laid
+        if buffer.is_cuda:
+            # An error may free it before the stream that the exchange is on has passed it.
+            buffer.record_stream(torch.cuda.current_stream(buffer.device))
         return laid
 
     def settle(self) -> None:

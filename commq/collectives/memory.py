@@ -24,31 +24,45 @@ class Memory:
         self.facts: dict[Hashable, Any] = {}
         self.sent_bytes = 0
         """Bytes that this rank's moves have sent to others since the group was made."""
-        self._free: list[Tensor] = []
+        self._free: list[tuple[tuple[int, int], int, Tensor]] = []
+        """Shape, bytes of the whole buffer, and the tensor that was given back."""
         self._side: dict[torch.device, torch.cuda.Stream] = {}
 
     def take(self, rows: int, nbytes: int, device: torch.device) -> Tensor:
         """uint8 (rows, nbytes), contiguous, with arbitrary contents. Give it back after the exchange."""
-        need = rows * nbytes
-        if device.type == "cpu":
-            for i, buffer in enumerate(self._free):
-                if need <= buffer.numel() <= need + need // 4 + 4096:
-                    return self._free.pop(i)[:need].view(rows, nbytes)
-        return torch.empty(need, dtype=torch.uint8, device=device).view(rows, nbytes)
+        if device.type == "cpu" and self._free:
+            for i, (shape, _, buffer) in enumerate(self._free):
+                if shape == (rows, nbytes):
+                    del self._free[i]
+                    return buffer
+            need = rows * nbytes
+            for i, (_, whole, buffer) in enumerate(self._free):
+                if need <= whole <= need + need // 4 + 4096:
+                    del self._free[i]
+                    return torch.empty(0, dtype=torch.uint8).set_(buffer.untyped_storage())[:need].view(rows, nbytes)
+        return torch.empty((rows, nbytes), dtype=torch.uint8, device=device)
 
     def give(self, *buffers: Tensor) -> None:
         """Take buffers back: nothing may read or write them any more."""
         for buffer in buffers:
             if buffer.device.type == "cpu" and buffer.numel():
-                whole = torch.empty(0, dtype=torch.uint8).set_(buffer.untyped_storage())
-                self._free.append(whole)
-        del self._free[: max(0, len(self._free) - KEPT)]
+                self._free.append((_shape(buffer), buffer.untyped_storage().nbytes(), buffer))
+        if len(self._free) > KEPT:
+            del self._free[: len(self._free) - KEPT]
 
     def side_stream(self, device: torch.device) -> torch.cuda.Stream:
         """The stream that asynchronous exchanges of this group run on."""
         if device not in self._side:
             self._side[device] = torch.cuda.Stream(device)
         return self._side[device]
+
+
+def _shape(buffer: Tensor) -> tuple[int, int]:
+    """What it can be handed out again as, the tensor itself; (0, 0): only its storage can."""
+    if buffer.dim() != 2 or not buffer.is_contiguous() or buffer.storage_offset() or buffer.is_inference():
+        return 0, 0
+    rows, nbytes = buffer.shape
+    return rows, nbytes
 
 
 _memories: WeakKeyDictionary[Any, Memory] = WeakKeyDictionary()

@@ -36,6 +36,12 @@ def with_stream(coding: Coding, stream: int) -> Coding:
     return replace(coding, stream=stream)
 
 
+@lru_cache(maxsize=1024)
+def with_step(coding: Coding, step: int) -> Coding:
+    """The coding of optimizer step `step`. Remembered: all buckets ask for the same one."""
+    return replace(coding, step=step)
+
+
 @dataclass(frozen=True)
 class Operand:
     """One source as tensors."""
@@ -132,7 +138,7 @@ class Message:
         """The same tensors are exchanged in optimizer step `step`: the counter of random bits follows."""
         for part in self.parts:
             if part.coding.step != step:
-                part.coding = replace(part.coding, step=step)
+                part.coding = with_step(part.coding, step)
 
     def take(self, rows: int, nbytes: int) -> Tensor:
         """A buffer of (rows, nbytes); zeros where parts leave gaps, so that what is sent is never stale memory."""
@@ -142,6 +148,16 @@ class Message:
     def take_received(self, rows: int, nbytes: int) -> Tensor:
         """The same for what a move fills from end to end."""
         return self.transport.memory.take(rows, nbytes, self.device)
+
+    def sent(self, rows_KS: Tensor) -> Sequence[Tensor]:
+        """Rows of the first hop by parts: views, of which one call makes all."""
+        splits = self.plan.splits
+        return (rows_KS,) if len(splits) == 1 else rows_KS.split_with_sizes(splits, -1)
+
+    def answered(self, rows: Tensor) -> Sequence[Tensor]:
+        """The same of rows of the second hop, or of one row (S,)."""
+        splits = self.plan.answer_splits
+        return (rows,) if len(splits) == 1 else rows.split_with_sizes(splits, -1)
 
     def give(self, *buffers: Tensor) -> None:
         self.transport.memory.give(*buffers)

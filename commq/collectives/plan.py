@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import pairwise
 
 import torch
 
@@ -106,6 +107,16 @@ class Plan:
         return _row([(part.answer_offset, part.answer) for part in self.parts])
 
     @cached_property
+    def splits(self) -> tuple[int, ...]:
+        """`row_bytes` by parts, each with the gap after it."""
+        return _splits([part.offset for part in self.parts], self.row_bytes)
+
+    @cached_property
+    def answer_splits(self) -> tuple[int, ...]:
+        """The same of `answer_bytes`."""
+        return _splits([part.answer_offset for part in self.parts], self.answer_bytes)
+
+    @cached_property
     def inside_bytes(self) -> int:
         """Bytes of a row inside a host: one chunk of every part."""
         return _row([(part.inside_offset, part.inside) for part in self.parts])
@@ -196,6 +207,10 @@ def _row(chunks: list[tuple[int, Layout]]) -> int:
         return 0
     offset, layout = chunks[-1]
     return offset + layout.chunk_bytes if len(chunks) == 1 else ceil16(offset + layout.chunk_bytes)
+
+
+def _splits(offsets: list[int], nbytes: int) -> tuple[int, ...]:
+    return tuple(end - start for start, end in pairwise([*offsets, nbytes]))
 
 
 def ceil16(nbytes: int) -> int:

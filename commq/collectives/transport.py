@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import AllgatherOptions, AllToAllOptions
 
 from commq.collectives.capture import refuse_capture
 from commq.collectives.lost import name_lost_ranks
@@ -19,8 +20,12 @@ from commq.collectives.memory import Memory, memory_of
 from commq.collectives.plan import ring_bytes
 from commq.collectives.slices import slice_bytes, slices
 
-# torch 2.13 renamed all_gather_into_tensor.
-_all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+# What dist.all_to_all_single and dist.all_gather_into_tensor come to, by its name since torch 2.13 or before. Their
+# checks cost the host as much as the call, twice for each bucket.
+_ALL_TO_ALL = "all_to_all_single" if hasattr(dist.ProcessGroup, "all_to_all_single") else "alltoall_base"
+_ALL_GATHER = "all_gather_single" if hasattr(dist.ProcessGroup, "all_gather_single") else "_allgather_base"
+_ALL_TO_ALL_OPTIONS, _ALL_GATHER_OPTIONS = AllToAllOptions(), AllgatherOptions()
+_ALL_TO_ALL_OPTIONS.asyncOp = _ALL_GATHER_OPTIONS.asyncOp = True
 
 
 class Move(Protocol):
@@ -84,11 +89,11 @@ class C10d:
         self._gather_by_all_to_all = dist.get_backend(self.group) == "gloo"
 
     def all_to_all(self, send_WS: Tensor, recv_WS: Tensor) -> Move:
-        self.memory.sent_bytes += send_WS.numel() - send_WS.shape[1]
-        row_bytes = send_WS.shape[1]
+        rows, row_bytes = send_WS.shape
+        self.memory.sent_bytes += (rows - 1) * row_bytes
         if (part := slice_bytes(send_WS, row_bytes, self)) < row_bytes:
             return self._in_slices(list(send_WS), list(recv_WS), slices(row_bytes, part))
-        return self._start("all_to_all", dist.all_to_all_single, recv_WS, send_WS)
+        return self._call("all_to_all", getattr(self.group, _ALL_TO_ALL), recv_WS, send_WS, [], [], _ALL_TO_ALL_OPTIONS)
 
     def all_to_all_v(
         self, send: Tensor, recv: Tensor, send_splits: Sequence[int], recv_splits: Sequence[int], *, longest: int = 0
@@ -102,10 +107,14 @@ class C10d:
     def all_gather(self, row_S: Tensor, out_WS: Tensor) -> Move:
         self.memory.sent_bytes += (self.world_size - 1) * row_S.numel()
         if not self._gather_by_all_to_all:
-            return self._start("all_gather", _all_gather_single, out_WS.view(-1), row_S)
+            return self._call(
+                "all_gather", getattr(self.group, _ALL_GATHER), out_WS.view(-1), row_S, _ALL_GATHER_OPTIONS
+            )
         copies_WS = self.memory.take(self.world_size, row_S.numel(), row_S.device)
         copies_WS.copy_(row_S.expand_as(copies_WS))
-        move = self._start("all_gather", dist.all_to_all_single, out_WS, copies_WS)
+        move = self._call(
+            "all_gather", getattr(self.group, _ALL_TO_ALL), out_WS, copies_WS, [], [], _ALL_TO_ALL_OPTIONS
+        )
         move.lent = copies_WS
         return move
 
@@ -140,8 +149,11 @@ class C10d:
         return move
 
     def _start(self, operation: str, function: Any, *args: Any, **options: Any) -> _Started:
+        return self._call(operation, function, *args, group=self.group, async_op=True, **options)
+
+    def _call(self, operation: str, function: Any, *args: Any, **options: Any) -> _Started:
         try:
-            return _Started(self, operation, function(*args, group=self.group, async_op=True, **options))
+            return _Started(self, operation, function(*args, **options))
         except RuntimeError as error:
             raise name_lost_ranks(self.group, operation, error) from error
 

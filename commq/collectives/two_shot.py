@@ -18,10 +18,10 @@ def two_shot(message: Message) -> Schedule:
     plan, transport, codec = message.plan, message.transport, message.codec
     world_size, rank = transport.world_size, transport.rank
     outgoing = message.take(world_size, plan.row_bytes)
-    for part in message.parts:
+    for part, wire_WS in zip(message.parts, message.sent(outgoing), strict=True):
         codec.encode_bucket(
             part.x,
-            part.sent(outgoing),
+            wire_WS,
             part.part.layout,
             with_stream(part.coding, send_stream(rank)),
             residual_N=part.residual,
@@ -33,12 +33,13 @@ def two_shot(message: Message) -> Schedule:
     yield transport.all_to_all(outgoing, incoming)
 
     message.give(outgoing)
-    row = message.take(1, plan.answer_bytes)
-    for part in message.parts:
+    own = message.take(1, plan.answer_bytes)
+    row = own[0]
+    for part, wire_WS, answer_S in zip(message.parts, message.sent(incoming), message.answered(row), strict=True):
         codec.decode_sum_encode(
-            part.sent(incoming),
+            wire_WS,
             part.part.layout,
-            part.answered(row)[0],
+            answer_S,
             part.part.answer,
             with_stream(part.coding, ANSWER_STREAM),
             chunk=rank,
@@ -48,9 +49,9 @@ def two_shot(message: Message) -> Schedule:
         )
     message.give(incoming)
     answers = message.take_received(world_size, plan.answer_bytes)
-    yield transport.all_gather(row[0], answers)
+    yield transport.all_gather(row, answers)
 
-    message.give(row)
-    for part in message.parts:
-        codec.decode_bucket(part.answered(answers), part.part.answer, part.out, part.coding)
+    message.give(own)
+    for part, wire_WS in zip(message.parts, message.answered(answers), strict=True):
+        codec.decode_bucket(wire_WS, part.part.answer, part.out, part.coding)
     message.give(answers)
