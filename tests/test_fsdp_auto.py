@@ -29,7 +29,7 @@ def test_what_does_not_pay_has_the_bits_of_fsdp2_and_no_residual(monkeypatch):
 def test_what_pays_has_the_bits_of_the_same_recipe_in_a_flat_exchange(monkeypatch):
     for module in (fsdp_gather, fsdp_scatter):
         monkeypatch.setattr(module, "pays", lambda *_, **__: True)
-    for name in ("full-shard", "sdp4bit", "loco"):
+    for name in ("full-shard", "sdp4bit", "loco", "bf16"):
         auto, flat = (run(commq.recipe(name, schedule=schedule), Even) for schedule in ("auto", "two_hop"))
         same_bits(flat, auto)
         assert auto.handle.stats() == flat.handle.stats()
