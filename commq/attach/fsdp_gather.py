@@ -169,7 +169,7 @@ class WeightGather:
     def _is_plain(self, x: Tensor, transport: Transport) -> bool:
         """Whether schedule auto leaves this gather to FSDP2's own collective. The first call in a group measures."""
         unit = self.unit
-        if unit.recipe.schedule != "auto" or unit.hybrid:
+        if unit.recipe.schedule != "auto":
             return False
         if unit.recipe.weights is None or unit.is_secondary(transport):
             return True

@@ -156,7 +156,7 @@ class GradientScatter:
 
     def _is_plain(self, lanes: list[Lane], plan: Plan, x: Tensor, transport: Transport, hosts: Hosts | None) -> bool:
         unit = self.unit
-        if unit.recipe.schedule != "auto" or unit.hybrid:
+        if unit.recipe.schedule != "auto":
             return False
         most = deciding(lanes, plan, x.dtype)
         if most is None:
