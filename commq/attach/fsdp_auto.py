@@ -44,7 +44,7 @@ def scatter_plain(transport: Transport, out: Tensor, x: Tensor, op: Any) -> None
     _call(transport, "reduce_scatter", _reduce_scatter, out, x, op=op)
 
 
-def deciding(lanes: Sequence[Lane], plan: Plan, dtype: torch.dtype) -> int | None:
+def deciding_lane(lanes: Sequence[Lane], plan: Plan, dtype: torch.dtype) -> int | None:
     """Number of the lane that a unit is measured as, the one of most elements; None if that travels as it is."""
     if not lanes:
         return None

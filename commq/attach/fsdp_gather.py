@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from commq.attach.fsdp_auto import deciding, gather_plain, pays
+from commq.attach.fsdp_auto import deciding_lane, gather_plain, pays
 from commq.attach.fsdp_lanes import Lane, empty
 from commq.attach.fsdp_plans import weight_plan
 from commq.attach.fsdp_unit import CAPTURE, Unit
@@ -175,7 +175,7 @@ class WeightGather:
             return True
         if transport not in self._plain:
             lanes, plan = self._route(transport)
-            most = deciding(lanes, plan, x.dtype)
+            most = deciding_lane(lanes, plan, x.dtype)
             lane = lanes[most or 0]
             self._plain[transport] = most is None or not pays(
                 gather,

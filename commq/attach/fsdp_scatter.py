@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from commq.attach.fsdp_auto import deciding, pays, scatter_plain
+from commq.attach.fsdp_auto import deciding_lane, pays, scatter_plain
 from commq.attach.fsdp_lanes import Lane, empty, split
 from commq.attach.fsdp_plans import gradient_lanes, gradient_plan
 from commq.attach.fsdp_unit import CAPTURE, Unit
@@ -158,7 +158,7 @@ class GradientScatter:
         unit = self.unit
         if unit.recipe.schedule != "auto":
             return False
-        most = deciding(lanes, plan, x.dtype)
+        most = deciding_lane(lanes, plan, x.dtype)
         if most is None:
             return True
         lane, inside = lanes[most], plan.parts[most].inside.format if hosts else None

@@ -7,7 +7,7 @@ depends on is one key in the group's memory, and what stands there does the rest
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch.distributed as dist
 from torch import Tensor
@@ -26,8 +26,8 @@ class Shortcut:
     It does not hold its group, whose memory holds it.
     """
 
-    options: AllreduceOptions = field(compare=False)
-    memory: Memory = field(compare=False)
+    options: AllreduceOptions
+    memory: Memory
     nbytes: int
     """That each rank sends, counted as a ring."""
     divisor: int
