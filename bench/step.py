@@ -121,7 +121,9 @@ class Worker:
 
     def _time(self, method: Method, rate: str) -> Row:
         self._set_rate(rate if method.measures_link else "unshaped")
-        transport_of(None).memory.facts.clear()  # what was measured at another rate
+        memory = transport_of(None).memory  # what was measured at another rate
+        memory.facts.clear()
+        memory.notes.clear()
         training = Training(method, self.config, self.args.rows, self.device)
         for _ in range(method.warm_up):
             training.step()

@@ -8,7 +8,7 @@ import commq
 from commq.attach import fsdp_gather, fsdp_scatter
 from commq.collectives import link
 from commq.collectives.memory import memory_of
-from fsdp_cases import Even, Net, line, made, run, same_bits, shard, train
+from fsdp_cases import Even, Net, grid, line, made, run, same_bits, shard, train
 from harness import process_ranks
 
 
@@ -29,10 +29,21 @@ def test_what_does_not_pay_has_the_bits_of_fsdp2_and_no_residual(monkeypatch):
 def test_what_pays_has_the_bits_of_the_same_recipe_in_a_flat_exchange(monkeypatch):
     for module in (fsdp_gather, fsdp_scatter):
         monkeypatch.setattr(module, "pays", lambda *_, **__: True)
-    for name in ("full-shard", "sdp4bit", "loco"):
+    for name in ("full-shard", "sdp4bit", "loco", "bf16"):
         auto, flat = (run(commq.recipe(name, schedule=schedule), Even) for schedule in ("auto", "two_hop"))
         same_bits(flat, auto)
         assert auto.handle.stats() == flat.handle.stats()
+
+
+@process_ranks(4)
+def test_hsdp_leaves_what_stays_inside_a_host_to_fsdp2_and_encodes_the_rest(monkeypatch):
+    for module in (fsdp_gather, fsdp_scatter):
+        monkeypatch.setattr(module, "pays", lambda *_, **__: False)
+    exempt = commq.Exempt(format=commq.get_format("fp32"))
+    auto = run(commq.recipe("hybrid-shard", schedule="auto", exempt=exempt), Net, mesh=grid(2))
+    inside = run(commq.recipe("hybrid-shard", schedule="two_hop", inside="fp32", exempt=exempt), Net, mesh=grid(2))
+    same_bits(inside, auto)
+    assert auto.handle.stats() == inside.handle.stats() and auto.handle.stats().residual_norm > 0
 
 
 class Said(logging.Handler):

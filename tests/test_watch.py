@@ -144,8 +144,13 @@ class Sized(nn.Module):
         return self.small(self.large(x))
 
 
-def train_auto(nanoseconds):
-    """Curves in place of measurements: a link that takes so long for a megabyte, without latency, and slow codecs."""
+def take_curves(nanoseconds):
+    """In place of measurements: a link that takes so long for a megabyte, without latency, and slow codecs."""
+    moves, codecs = Curve(((0, 0), (10**6, nanoseconds))), Curve(((0, 5 * 10**6), (10**6, 6 * 10**6)))
+    link.remember = lambda transport, key, find: codecs if key[0] == "codecs" else moves
+
+
+def train_auto(nanoseconds, name="int4", **parts):
     messages = []
 
     class Kept(logging.Handler):
@@ -154,11 +159,10 @@ def train_auto(nanoseconds):
 
     logging.getLogger("commq").addHandler(Kept())
     logging.getLogger("commq").setLevel(logging.INFO)
-    moves, codecs = Curve(((0, 0), (10**6, nanoseconds))), Curve(((0, 5 * 10**6), (10**6, 6 * 10**6)))
-    link.remember = lambda transport, key, find: codecs if key[0] == "codecs" else moves
+    take_curves(nanoseconds)
     torch.manual_seed(0)
     ddp = DistributedDataParallel(Sized(), bucket_cap_mb=0.01)
-    recipe = commq.recipe("int4", schedule="auto", exempt=commq.Exempt(min_numel=0))
+    recipe = commq.recipe(name, schedule="auto", exempt=commq.Exempt(min_numel=0), **parts)
     handle = commq.register(ddp, recipe)
     for step in range(3):
         ddp.zero_grad()
@@ -191,13 +195,57 @@ def test_auto_leaves_gradients_to_ddp_where_nothing_gains_and_says_so_once():
     assert results[1][1] == []
 
 
-def test_auto_switches_compression_off_where_it_loses_and_says_so_once():
+def count_aside():
+    """Frozen and ignored parameters, accumulation and validation, on a link where nothing gains."""
+    take_curves(1)
+    model = Sized()
+    model.frozen, model.ignored = nn.Linear(10, 10).requires_grad_(False), nn.Linear(30, 30)
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ["ignored.weight", "ignored.bias"])
+    ddp = DistributedDataParallel(model)
+    handle = commq.register(ddp, commq.recipe("int4", schedule="auto"))
+    for _ in range(2):
+        with ddp.no_sync():
+            ddp(torch.ones(4, 512)).sum().backward()
+        ddp(torch.ones(4, 512)).sum().backward()
+        with torch.no_grad():
+            ddp(torch.ones(4, 512))
+    return handle.stats()
+
+
+def test_what_ddp_sends_by_itself_is_counted_by_what_it_reduces():
+    for stats in run_processes(count_aside, 2):
+        assert stats.steps == 2 and stats.raw_bytes == stats.sent_bytes == 2 * 4 * (512 * 512 + 512 * 8)
+
+
+def check_in_join():
+    take_curves(1)
+    ddp = DistributedDataParallel(Sized())
+    handle = commq.register(ddp, commq.recipe("int4", schedule="auto"), check_every=1)
+    with ddp.join():
+        for _ in range(2 + dist.get_rank()):
+            ddp(torch.ones(4, 512)).sum().backward()
+    return handle.stats().steps
+
+
+def test_replicas_are_compared_in_join_where_nothing_gains():
+    """A rank without inputs makes no forward pass, so the hook compares them."""
+    assert run_processes(check_in_join, 2) == [3, 3]
+
+
+@pytest.mark.parametrize("parts", [{"name": "fp32"}, {"phases": ({"format": "fp32", "steps": 9},)}])
+def test_auto_does_not_round_what_the_recipe_sends_in_fp32(parts):
+    for _, _, errors, stats in run_processes(train_auto, 2, args=(10**6,), kwargs=parts):
+        assert max(errors) == 0 and stats.ratio == 1
+
+
+@pytest.mark.parametrize("name", ["int4", "qsgd"])
+def test_auto_switches_compression_off_where_it_loses_and_says_so_once(name):
     """At 1 GB/s half the bytes save half a millisecond, and int4 costs ten."""
-    results = run_processes(train_auto, 2, args=(10**6,))
+    results = run_processes(train_auto, 2, args=(10**6, name))
     for routes, _, errors, stats in results:
         assert set(routes.values()) == {"plain"}
         # Sums of two equal bfloat16 are exact: gradients are rounded once, and half the bytes of fp32 travel.
         assert 0 < max(errors) <= 2.0**-9 and stats.residual_norm == 0 and stats.ratio == 0.5
     ((level, message),) = results[0][1]
-    assert level == "WARNING" and "plain for" in message and "of 1064960 bytes: " in message
+    assert level == "WARNING" and "plain for" in message and "of 1064960 bytes: " in message and "bf16" in message
     assert results[1][1] == []

@@ -210,9 +210,11 @@ class HookState:
 
         Only by schedule auto, and measurement. All ranks ask together. Steps and bytes are counted by forward passes.
         """
-        parameters = [p for p in ddp.module.parameters() if p.requires_grad]
+        named = ddp.module.named_parameters()
+        parameters = [p for name, p in named if p.requires_grad and name not in ddp.parameters_to_ignore]
         auto = self.recipe.schedule == "auto" and not self.recipe.phases and self.recipe.adapt is None
-        if not auto or self.transport.world_size == 1 or not parameters:
+        # Forward passes cannot compare replicas: ranks may make different ones, in join() or to validate.
+        if not auto or self.check_every or self.transport.world_size == 1 or not parameters:
             return False
         if not self._layouts.loses(parameters, int(ddp.bucket_bytes_cap)):
             return False
@@ -221,7 +223,6 @@ class HookState:
         @torch.compiler.disable
         def count(module: Any, _: Any) -> None:
             if torch.is_grad_enabled() and module.require_backward_grad_sync:
-                self._check_replicas()
                 self.step += 1
                 self._raw_bytes += raw_bytes(numel, self.transport.world_size)
                 self._sent_bytes += ring_bytes(numel, itemsize, self.transport.world_size)
@@ -309,15 +310,11 @@ class HookState:
             self.residual.zero_()
         module = self._module() if self._module is not None else None
         _check_join(module)
-        self._check_replicas()
+        if module is not None and self.check_every and self.step and self.step % self.check_every == 0:
+            check_replicas(dict(module.module.named_parameters()), self.transport, self.step - 1)
         if (module is None or getattr(module, "skip_all_reduce_unused_params", False)) and _in_backward():
             # DDP may leave out the last bucket; this runs before it waits for the others.
             Variable._execution_engine.queue_callback(functools.partial(self._end_backward, self.step, device))
-
-    def _check_replicas(self) -> None:
-        module = self._module() if self._module is not None else None
-        if module is not None and self.check_every and self.step and self.step % self.check_every == 0:
-            check_replicas(dict(module.module.named_parameters()), self.transport, self.step - 1)
 
     def _end_backward(self, step: int, device: torch.device) -> None:
         if self._bucket >= 0 and self.step == step:
@@ -364,7 +361,8 @@ def register(
     followed by the residuals (or call `handle.set_loss_scale` yourself). check_every: before every so many steps,
     compare the bits of all ranks' parameters; ReplicaError, the same on every rank, names the first that differs
     (0: never; it waits for the device). Returns the handle: `stats()`, `write()`, `state_dict()`, `load_state_dict()`.
-    Schedule "auto" measures first; where no bucket would gain, no hook is registered, and DDP goes on as it is.
+    Schedule "auto" measures first; where no bucket would gain, no hook is registered (but with check_every), and DDP
+    goes on as it is.
     Raises ValueError, the same on every rank, if the ranks' recipes or check_every differ; TypeError if `ddp` is no
     DDP module.
     """

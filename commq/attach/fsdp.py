@@ -60,7 +60,8 @@ def fully_shard(
     with error feedback over the first. recipe: a Recipe or what `commq.recipe` takes; by default "hybrid-shard" with
     such a mesh, "sdp4bit" with reshard_after_forward=False, else "full-shard".
     With schedule "auto" a unit's gathers and scatters are encoded where that is measured to be faster, when they are
-    first made, by all ranks together; elsewhere FSDP2's own collectives run, with FSDP2's bits.
+    first made, by all ranks together; elsewhere FSDP2's own collectives run, with FSDP2's bits. HSDP: each host decides
+    for what stays inside it; the all-reduce between hosts is always encoded.
     kwargs: torch's. A recipe with weights_difference keeps parameters after the forward pass; one with secondary shards
     keeps a host's share of them.
     Raises ValueError, the same on every rank, if the ranks' recipes differ, and for what cannot be compressed. Rules

@@ -6,13 +6,14 @@ FSDP2. Both ways are tried on random numbers when a group first exchanges a unit
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from commq.attach.fsdp_lanes import Lane
 from commq.codecs.ops import implementation
 from commq.codecs.reference import Coding
 from commq.collectives import link
@@ -21,7 +22,7 @@ from commq.collectives.cost import WORTH
 from commq.collectives.decision import log_decision
 from commq.collectives.hosts import Hosts
 from commq.collectives.lost import name_lost_ranks
-from commq.collectives.plan import Source, make_plan
+from commq.collectives.plan import Plan, Source, make_plan
 from commq.collectives.schedule import Schedule, run
 from commq.collectives.sharded import ShardMessage, Strip, scatter
 from commq.collectives.transport import C10d, Transport
@@ -41,6 +42,15 @@ def scatter_plain(transport: Transport, out: Tensor, x: Tensor, op: Any) -> None
     """What FSDP2 does by itself to reduce gradients."""
     transport.memory.sent_bytes += (transport.world_size - 1) * out.nbytes
     _call(transport, "reduce_scatter", _reduce_scatter, out, x, op=op)
+
+
+def deciding_lane(lanes: Sequence[Lane], plan: Plan, dtype: torch.dtype) -> int | None:
+    """Number of the lane that a unit is measured as, the one of most elements; None if that travels as it is."""
+    if not lanes:
+        return None
+    most = max(range(len(lanes)), key=lambda i: lanes[i].numel)
+    fmt = plan.parts[most].layout.format
+    return None if fmt.kind == "raw" and fmt.bits >= 8 * dtype.itemsize else most
 
 
 def pays(

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from commq.attach.fsdp_auto import gather_plain, pays
+from commq.attach.fsdp_auto import deciding_lane, gather_plain, pays
 from commq.attach.fsdp_lanes import Lane, empty
 from commq.attach.fsdp_plans import weight_plan
 from commq.attach.fsdp_unit import CAPTURE, Unit
@@ -169,18 +169,17 @@ class WeightGather:
     def _is_plain(self, x: Tensor, transport: Transport) -> bool:
         """Whether schedule auto leaves this gather to FSDP2's own collective. The first call in a group measures."""
         unit = self.unit
-        if unit.recipe.schedule != "auto" or unit.hybrid:
+        if unit.recipe.schedule != "auto":
             return False
         if unit.recipe.weights is None or unit.is_secondary(transport):
             return True
         if transport not in self._plain:
             lanes, plan = self._route(transport)
-            pair = next(
-                (pair for pair in zip(lanes, plan.parts, strict=True) if pair[1].layout.format.kind != "raw"), None
-            )
-            self._plain[transport] = pair is None or not pays(
+            most = deciding_lane(lanes, plan, x.dtype)
+            lane = lanes[most or 0]
+            self._plain[transport] = most is None or not pays(
                 gather,
-                Source(transport.world_size * x.numel(), x.dtype, pair[0].format, pair[0].format, pair[0].unit),
+                Source(transport.world_size * x.numel(), x.dtype, lane.format, lane.format, lane.unit),
                 unit.coding(weights=True),
                 transport,
                 hosts=unit.hosts(transport),

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from commq.attach.fsdp_auto import pays, scatter_plain
+from commq.attach.fsdp_auto import deciding_lane, pays, scatter_plain
 from commq.attach.fsdp_lanes import Lane, empty, split
 from commq.attach.fsdp_plans import gradient_lanes, gradient_plan
 from commq.attach.fsdp_unit import CAPTURE, Unit
@@ -156,14 +156,12 @@ class GradientScatter:
 
     def _is_plain(self, lanes: list[Lane], plan: Plan, x: Tensor, transport: Transport, hosts: Hosts | None) -> bool:
         unit = self.unit
-        if unit.recipe.schedule != "auto" or unit.hybrid:
+        if unit.recipe.schedule != "auto":
             return False
-        coded = [i for i, part in enumerate(plan.parts) if part.layout.format.kind != "raw"]
-        if not coded:
+        most = deciding_lane(lanes, plan, x.dtype)
+        if most is None:
             return True
-        part = plan.parts[coded[0]]
-        inside = part.inside.format if hosts else None
-        lane = lanes[coded[0]]
+        lane, inside = lanes[most], plan.parts[most].inside.format if hosts else None
         return not pays(
             scatter,
             Source(x.numel(), x.dtype, lane.format, lane.format, lane.unit, inside),

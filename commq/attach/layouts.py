@@ -100,9 +100,8 @@ class Layouts:
         schedule = self.recipe.schedule
         if schedule == "auto":
             schedule = self._choose(members, buffer.numel(), buffer.dtype, buffer.device)
-            if schedule == "plain":
-                # It travels as it stands, float32 as bfloat16: nothing to sort, and no residual.
-                raw = get_format("bf16" if buffer.dtype == torch.float32 else RAW[buffer.dtype])
+            if schedule == "plain":  # it travels as it stands: nothing to sort, and no residual
+                raw = get_format("bf16" if _narrows(members, buffer.dtype) else RAW[buffer.dtype])
                 members = [
                     replace(m, format=raw, answer=raw, numel=p.numel(), live=None)
                     for m, p in zip(members, parameters, strict=True)
@@ -137,7 +136,8 @@ class Layouts:
             numel = sum(p.numel() for p in some)
             if self._choose(self._members_of(some, 0), numel, dtype, device) != "plain":
                 return False
-        if dtype != torch.float32:
+        numel = sum(p.numel() for some in buckets if _narrows(self._members_of(some, 0), dtype) for p in some)
+        if not numel:
             return True
         whole, half = (link.sums(self.transport, kind, device) for kind in (dtype, torch.bfloat16))
         return whole.nanoseconds(4 * numel) <= half.nanoseconds(2 * numel) + len(buckets) * HOOK_NANOSECONDS
@@ -151,8 +151,9 @@ class Layouts:
         laid = known.laid
         if laid is not None and laid.buffer.data_ptr() == buffer.data_ptr() and laid.buffer.dtype == buffer.dtype:
             return laid
-        weight = self.recipe.feedback.weight
-        laid = lay(known.bucket, known.route.plans, buffer, self._coding(), weight, self.transport, self.backend)
+        plain = self.recipe.schedule == "auto" and known.route.name == "plain"
+        coding, weight = Coding() if plain else self._coding(), self.recipe.feedback.weight
+        laid = lay(known.bucket, known.route.plans, buffer, coding, weight, self.transport, self.backend)
         known.laid = laid
         if buffer.is_cuda:
             # An error may free it before the stream that the exchange is on has passed it.
@@ -176,11 +177,13 @@ class Layouts:
             routes.setdefault(known.route.name, []).append(known.nbytes)
         chosen = ", ".join(f"{name} for {len(sizes)} buckets of {sum(sizes)} bytes" for name, sizes in routes.items())
         if "plain" in routes:
+            plain = {k.bucket.sources[0].format.name: None for k in self._known.values() if k.route.name == "plain"}
             _log.warning(
                 "commq: schedule auto chose %s: by measurement, compression with %s would be slower than the plain "
-                "all-reduce there, so these buckets travel uncompressed, float32 as bfloat16",
+                "all-reduce there, so these buckets travel uncompressed, in %s",
                 chosen,
                 self.recipe.format,
+                " and ".join(plain),
             )
         else:
             _log.info("commq: schedule auto chose %s", chosen)
@@ -201,7 +204,7 @@ class Layouts:
         """By schedule auto. Sources decide; residuals and tables come with the bucket that is chosen."""
         unbound = Residual(self.recipe.feedback, self.recipe.format.block)
         trial = self._bucket(members, torch.empty(numel, dtype=dtype, device="meta"), unbound)
-        return self._route("auto", trial, device).name
+        return self._route("auto", trial, device, narrow=_narrows(members, dtype)).name
 
     def _bucket(self, members: list[Member], buffer: Tensor, residual: Residual) -> Bucket:
         return make_bucket(
@@ -213,7 +216,7 @@ class Layouts:
             two_levels=bool(self._two_levels),
         )
 
-    def _route(self, name: str, bucket: Bucket, device: torch.device) -> Route:
+    def _route(self, name: str, bucket: Bucket, device: torch.device, *, narrow: bool = False) -> Route:
         if not bucket.sources:  # no elements
             name = "two_shot"
         return find_route(
@@ -223,7 +226,7 @@ class Layouts:
             self.transport,
             device=device,
             backend=self.backend,
-            narrow=all(source.dtype == torch.float32 for source in bucket.sources),
+            narrow=narrow,
         )
 
     def _coding(self) -> Coding:
@@ -239,3 +242,8 @@ class Layouts:
             raise TypeError(
                 f"rank {self.transport.rank}: gradients are {buffer.dtype}, expected float32, bfloat16 or float16"
             )
+
+
+def _narrows(members: Sequence[Member], dtype: torch.dtype) -> bool:
+    """Whether a bucket that schedule auto sends plain is summed as bfloat16: not if some of it is to stay exact."""
+    return dtype == torch.float32 and all(m.format.kind != "raw" or m.format.name == "bf16" for m in members)

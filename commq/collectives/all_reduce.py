@@ -86,13 +86,14 @@ def all_reduce(
     # Found once for messages that look alike: finding it takes longer than a short message.
     kinds = tuple((flat.numel(), flat.dtype) for flat in sent)
     key = "all_reduce", schedule, fmt, second, within, coding, sent[0].device, backend, kinds
-    route = transport.memory.facts.get(key)
+    route = transport.memory.notes.get(key)
     if route is None:
         if schedule == "auto" and not find_hosts(transport).has_two_levels:
             within = None
         sources = _sources(sent, fmt, second, coding, within)
-        route = find_route(schedule, sources, coding, transport, device=sent[0].device, backend=backend)
-        transport.memory.facts[key] = route
+        narrow = all(is_narrow(flat.dtype, fmt, coding) for flat in sent)
+        route = find_route(schedule, sources, coding, transport, device=sent[0].device, backend=backend, narrow=narrow)
+        transport.memory.note(key, route)
         if schedule == "auto":
             log_decision(transport, "all-reduces", route.name, fmt, sum(f.nbytes for f in sent))
     if route.name == "plain" and call is not None and not is_narrow(sent[0].dtype, fmt, coding):

@@ -46,9 +46,10 @@ def pick(
 
     narrow: all tensors are float32, and would be summed as bfloat16 if they travelled plain.
     The first call of a group for formats, dtype and device measures; it takes as long as some exchanges of 4 MiB.
+    Messages of about the same lengths share what was chosen for the first of them.
     """
     coding = replace(coding, seed=0, step=0)
-    key = ("picked", sources, coding, device, backend, narrow, *candidates)
+    key = ("picked", _kinds(sources), coding, device, backend, narrow, *candidates)
     facts = transport.memory.facts
     if key not in facts:
         costs = find_costs(
@@ -78,6 +79,18 @@ def pick(
         facts[key] = name
     picked: str = facts[key]
     return picked
+
+
+def _kinds(sources: tuple[Source, ...]) -> tuple[tuple[Source, int], ...]:
+    """Each kind of source, and how many elements there are of it, to four binary digits: all that a choice is kept by.
+
+    Of lengths that never repeat there are few kinds; each is measured once, and does not grow the group's memory.
+    """
+    numels: dict[Source, int] = {}
+    for source in sources:
+        kind = replace(source, numel=0)
+        numels[kind] = numels.get(kind, 0) + source.numel
+    return tuple((kind, n >> (low := max(0, n.bit_length() - 4)) << low) for kind, n in numels.items())
 
 
 def _time(

@@ -12,6 +12,8 @@ from torch import Tensor
 KEPT = 24
 """Free buffers kept on the CPU: those of a few pieces under way, of a few lengths."""
 
+NOTES = 4096
+
 
 class Memory:
     """Buffers for bytes on their way, and facts that the ranks of a group found out once and agree on.
@@ -22,11 +24,19 @@ class Memory:
 
     def __init__(self) -> None:
         self.facts: dict[Hashable, Any] = {}
+        self.notes: dict[Hashable, Any] = {}
+        """What this rank can find again without the others."""
         self.sent_bytes = 0
         """Bytes that this rank's moves have sent to others since the group was made."""
         self._free: list[tuple[tuple[int, int], int, Tensor]] = []
         """Shape, bytes of the whole buffer, and the tensor that was given back."""
         self._side: dict[torch.device, torch.cuda.Stream] = {}
+
+    def note(self, key: Hashable, value: Any) -> None:
+        """Write to `notes`. They are all forgotten when there are too many: lengths of messages may never repeat."""
+        if len(self.notes) >= NOTES:
+            self.notes.clear()
+        self.notes[key] = value
 
     def take(self, rows: int, nbytes: int, device: torch.device) -> Tensor:
         """uint8 (rows, nbytes), contiguous, with arbitrary contents. Give it back after the exchange."""

@@ -7,7 +7,7 @@ depends on is one key in the group's memory, and what stands there does the rest
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch.distributed as dist
 from torch import Tensor
@@ -26,8 +26,8 @@ class Shortcut:
     It does not hold its group, whose memory holds it.
     """
 
-    options: AllreduceOptions = field(compare=False)
-    memory: Memory = field(compare=False)
+    options: AllreduceOptions
+    memory: Memory
     nbytes: int
     """That each rank sends, counted as a ring."""
     divisor: int
@@ -57,7 +57,7 @@ def find_shortcut(group: object, key: Hashable) -> Shortcut | None:
     elif not isinstance(group, dist.ProcessGroup):
         return None
     memory = known_memory(group)
-    found: Shortcut | None = None if memory is None else memory.facts.get(key)
+    found: Shortcut | None = None if memory is None else memory.notes.get(key)
     return found
 
 
@@ -68,9 +68,6 @@ def add_shortcut(transport: Transport, key: Hashable, tensor: Tensor, op: dist.R
     options = AllreduceOptions()
     options.reduceOp = dist.ReduceOp(dist.ReduceOp.SUM)
     options.asyncOp = False
-    transport.memory.facts[key] = Shortcut(
-        options,
-        transport.memory,
-        ring_bytes(tensor.numel(), tensor.element_size(), transport.world_size),
-        transport.world_size if op == dist.ReduceOp.AVG else 1,
-    )
+    nbytes = ring_bytes(tensor.numel(), tensor.element_size(), transport.world_size)
+    divisor = transport.world_size if op == dist.ReduceOp.AVG else 1
+    transport.memory.note(key, Shortcut(options, transport.memory, nbytes, divisor))
