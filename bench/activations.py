@@ -16,7 +16,6 @@ outlier in units of its root mean square, and of the outliers relative to themse
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -32,7 +31,7 @@ sys.path[:0] = [str(ROOT), str(ROOT.parent), str(ROOT.parent / "launch")]
 
 import commq.functional as F  # noqa: E402
 from collectives import Worker  # noqa: E402
-from lab import drive  # noqa: E402
+from lab import drive, write_rows  # noqa: E402
 from model import all_reduce_bytes, milliseconds  # noqa: E402
 
 OUTLIERS = 64
@@ -128,6 +127,7 @@ def work(args: argparse.Namespace) -> None:
     for row in Activations(args).rows():
         rows.append(row)
         if dist.get_rank() == 0:
+            write_rows(Path(args.out), rows)
             print(
                 f"{row['rate']:>9} {row['hosts']} hosts {row['shape']:>12} {row['exchange']:>27} {row['format']:>16} "
                 f"{row['median_ms']:>9.2f} ({row['fastest_ms']:.2f} .. {row['slowest_ms']:.2f}) ms "
@@ -136,8 +136,6 @@ def work(args: argparse.Namespace) -> None:
                 + (f", errors {row['calm_error']:.4f} {row['outlier_error']:.5f}" if "calm_error" in row else ""),
                 flush=True,
             )
-    if dist.get_rank() == 0:
-        Path(args.out).write_text(json.dumps(rows))
     dist.destroy_process_group()
 
 

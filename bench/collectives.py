@@ -20,7 +20,6 @@ a barrier leaves behind does not. `ratio` is the median over pairs of auto / lib
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import sys
@@ -46,7 +45,7 @@ from commq.collectives.plan import Source, make_plans  # noqa: E402
 from commq.collectives.rehearsal import Rehearsal  # noqa: E402
 from commq.collectives.schedule import Exchange  # noqa: E402
 from commq.collectives.two_shot import two_shot  # noqa: E402
-from lab import drive, gbit, link_bytes  # noqa: E402
+from lab import drive, gbit, link_bytes, write_rows  # noqa: E402
 from model import all_reduce_bytes, gather_bytes, milliseconds  # noqa: E402
 from timing import environment  # noqa: E402
 
@@ -249,8 +248,12 @@ def work(args: argparse.Namespace) -> None:
     dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
     rows = []
     worker = Worker(args)
+    surroundings = environment(args.device) if dist.get_rank() == 0 else {}
     for row in worker.ratios() if args.ratios else worker.rows():
         rows.append(row)
+        if dist.get_rank() == 0:
+            found = rows if "NETLAB" in os.environ else {"environment": surroundings, "rows": rows}
+            write_rows(Path(args.out), found)
         if args.ratios and dist.get_rank() == 0:
             print(
                 f"{row['rate']:>9} {row['nbytes']:>10} {row['format']:>5} {row['picked']:>8} "
@@ -267,9 +270,6 @@ def work(args: argparse.Namespace) -> None:
                 f"{row['gb_per_s']:>7.2f} GB/s {row['link_bytes'] / 1e6:>9.2f} MB {bound:>8} {expected:>9}",
                 flush=True,
             )
-    if dist.get_rank() == 0:
-        found = rows if "NETLAB" in os.environ else {"environment": environment(args.device), "rows": rows}
-        Path(args.out).write_text(json.dumps(found, indent=1) + "\n")
     dist.destroy_process_group()
 
 

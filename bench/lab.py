@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -33,6 +34,13 @@ def set_rate(rate: str) -> None:
     Network(os.environ["NETLAB"]).set_rate(parse_rate(rate))
 
 
+def write_rows(out: Path, found: object) -> None:
+    """A worker's rows so far, all or nothing of them: it may be cut off at any time."""
+    new = Path(f"{out}.new")
+    new.write_text(json.dumps(found, indent=1) + "\n")
+    new.replace(out)
+
+
 def gbit(rate: str) -> float:
     """Gbit/s of a rate; 0.0 if it is unshaped."""
     from netlab_links import parse_rate
@@ -45,15 +53,22 @@ def drive(script: Path, args: argparse.Namespace) -> None:
     from netlab import Lab
     from timing import environment
 
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # removes the lab, too
     rows, part = [], Path(f"{args.out}.part")
+    found = environment(args.device)
+    part.unlink(missing_ok=True)
     for hosts in map(int, args.hosts.split(",")):
         for rate in args.rates.split(","):
-            with Lab(hosts=hosts, ranks_per_host=args.ranks_per_host, rate=rate) as lab:
-                # A first word that netlab knows nothing of; the rest as it came.
-                command = [sys.executable, str(script.resolve()), "--worker", "--rate", rate, *sys.argv[1:]]
-                if code := lab.run([*command, "--out", str(part)]):
-                    sys.exit(code)
-            rows += json.loads(part.read_text())
-            part.unlink()
-            found = environment(args.device)
-            Path(args.out).write_text(json.dumps({"environment": found, "rows": rows}, indent=1) + "\n")
+            code = 1
+            try:
+                with Lab(hosts=hosts, ranks_per_host=args.ranks_per_host, rate=rate) as lab:
+                    # A first word that netlab knows nothing of; the rest as it came.
+                    command = [sys.executable, str(script.resolve()), "--worker", "--rate", rate, *sys.argv[1:]]
+                    code = lab.run([*command, "--out", str(part)])
+            finally:  # what there is, if it was cut off
+                if part.exists():
+                    rows += json.loads(part.read_text())
+                    part.unlink()
+                    Path(args.out).write_text(json.dumps({"environment": found, "rows": rows}, indent=1) + "\n")
+            if code:
+                sys.exit(code)
