@@ -23,7 +23,6 @@ import argparse
 import os
 import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -47,6 +46,7 @@ from commq.collectives.schedule import Exchange  # noqa: E402
 from commq.collectives.two_shot import two_shot  # noqa: E402
 from lab import drive, gbit, link_bytes, write_rows  # noqa: E402
 from model import all_reduce_bytes, gather_bytes, milliseconds  # noqa: E402
+from referee import Referee  # noqa: E402
 from timing import environment  # noqa: E402
 
 SUM = dist.ReduceOp.SUM
@@ -68,7 +68,7 @@ class Worker:
         self.device = torch.device(args.device)
         self.dtype = getattr(torch, args.dtype)
         self.gbit = gbit(args.rate)
-        self.clock = dist.new_group(backend="gloo")
+        self.referee = Referee(self.device)
 
     def rows(self) -> Iterator[dict[str, Any]]:
         for nbytes in map(_bytes, self.args.sizes.split(",")):
@@ -133,15 +133,8 @@ class Worker:
 
     def _batch(self, call: Call, count: int) -> float:
         """Seconds of a call, on the slowest rank."""
-        dist.barrier(self.clock)
-        start = time.perf_counter()
-        for _ in range(count):
-            call()
-            if self.device.type == "cuda":
-                torch.cuda.synchronize()
-        seconds = torch.tensor([(time.perf_counter() - start) / count], dtype=torch.float64)
-        dist.all_reduce(seconds, dist.ReduceOp.MAX, group=self.clock)
-        return float(seconds)
+        self.referee.start()
+        return self.referee.largest(sum(self.referee.seconds(call) for _ in range(count)) / count)
 
     def _calls(self, numel: int) -> Iterator[tuple[str, str, int, Call]]:
         """(method, format, bytes that a host must send, call); tensors are made when a method's turn comes."""
@@ -185,16 +178,11 @@ class Worker:
         call()
         times, sent = [], []
         for _ in range(runs):
-            dist.barrier(self.clock)
+            self.referee.start()
             before = link_bytes()
-            start = time.perf_counter()
-            call()
-            if self.device.type == "cuda":
-                torch.cuda.synchronize()
-            seconds = torch.tensor([time.perf_counter() - start], dtype=torch.float64)
+            seconds = self.referee.seconds(call)
             sent.append(link_bytes() - before)
-            dist.all_reduce(seconds, dist.ReduceOp.MAX, group=self.clock)
-            times.append(float(seconds) * 1e3)
+            times.append(self.referee.largest(seconds) * 1e3)
         return {
             "median_ms": statistics.median(times),
             "fastest_ms": min(times),

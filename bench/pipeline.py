@@ -1,7 +1,7 @@
 """How many tokens a pipeline trains on in a second when its stages are hosts on slow links.
 
     python bench/pipeline.py --device cuda --rates 1gbit --out out/pipeline.jsonl       # the table: under two minutes
-    python bench/pipeline.py --device cpu --model tiny --rates 20mbit --rows 8          # to try it out
+    python bench/pipeline.py --device cpu --model tiny --rates 20mbit --rows 8 --micro-batches 4   # to try it
 
 GPT-2 of 124 M parameters in 4 stages, random tokens, bf16 autocast (CUDA), fused AdamW, torch's ScheduleGPipe or
 Schedule1F1B; one process a stage in the lab of launch/netlab.py (needs root and pyroute2), on one GPU under NVIDIA MPS
@@ -36,9 +36,10 @@ sys.path[:0] = [str(ROOT), str(ROOT.parent), str(ROOT.parent / "launch")]
 
 from commq.attach.pipeline import PipelineStage  # noqa: E402
 from gpt2 import random_tokens  # noqa: E402
-from lab import gbit, link_bytes, set_rate  # noqa: E402
+from lab import gbit, link_bytes  # noqa: E402
 from model import milliseconds  # noqa: E402
 from pipeline_stage import BASELINE, MODELS, PLAIN, Method, Stage, methods, next_token_loss  # noqa: E402
+from referee import Referee  # noqa: E402
 from timing import environment  # noqa: E402
 
 SCHEDULES = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B}
@@ -80,14 +81,6 @@ class Training:
         self.optimizer.step()
         self.steps += 1
 
-    def timed_step(self) -> float:
-        """Seconds."""
-        start = time.perf_counter()
-        self.step()
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
-
     def bytes(self) -> tuple[int, int]:
         """Sent and received so far; torch's own stage does not count."""
         if isinstance(self.stage, PipelineStage):
@@ -100,7 +93,7 @@ class Worker:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args, self.device = args, torch.device(args.device)
-        self.clock = dist.new_group(backend="gloo")
+        self.referee = Referee(self.device)
         self.start = time.monotonic()
 
     def execute(self) -> Iterator[Row]:
@@ -108,22 +101,22 @@ class Worker:
             for method in methods(BATCHES * self.args.rows):
                 if self.args.methods and not method.name.startswith(tuple(self.args.methods.split(","))):
                     continue
-                if self._agree(time.monotonic() - self.start) > self.args.budget:
+                if self.referee.largest(time.monotonic() - self.start) > self.args.budget:
                     return
                 yield {"rate": rate, "method": method.name, "detail": method.detail, **self._measure(method, rate)}
 
     def _measure(self, method: Method, rate: str) -> Row:
-        self._set_rate("unshaped")
+        self.referee.set_rate("unshaped")
         training = Training(method, self.args, self.device)
         for _ in range(WARM_UP):
             training.step()
-        self._set_rate(rate)
-        count = min(max(int(SECONDS / self._agree(self._timed(training))), STEPS[0]), STEPS[1])
+        self.referee.set_rate(rate)
+        count = min(max(int(SECONDS / self._timed(training)), STEPS[0]), STEPS[1])
         link, (sent, received) = link_bytes(), training.bytes()
-        times = [self._agree(self._timed(training)) for _ in range(count)]
+        times = [self._timed(training) for _ in range(count)]
         after_sent, after_received = training.bytes()
-        busiest = int(self._agree(max(after_sent - sent, after_received - received) / count))
-        carried = int(self._agree((link_bytes() - link) / count))
+        busiest = int(self.referee.largest(max(after_sent - sent, after_received - received) / count))
+        carried = int(self.referee.largest((link_bytes() - link) / count))
         median = statistics.median(times)
         del training
         gc.collect()
@@ -141,24 +134,8 @@ class Worker:
         }
 
     def _timed(self, training: Training) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        dist.barrier(self.clock)
-        return training.timed_step()
-
-    def _set_rate(self, rate: str) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        dist.barrier(self.clock)
-        if dist.get_rank() == 0:
-            set_rate(rate)
-        dist.barrier(self.clock)
-
-    def _agree(self, value: float) -> float:
-        """The largest of all ranks."""
-        total = torch.tensor([value], dtype=torch.float64)
-        dist.all_reduce(total, dist.ReduceOp.MAX, group=self.clock)
-        return float(total)
+        self.referee.start()
+        return self.referee.largest(self.referee.seconds(training.step))
 
 
 HEAD = (
@@ -224,6 +201,8 @@ def main() -> None:
     add("--out", default="out/pipeline.jsonl")
     add("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if not 1 <= args.micro_batches <= args.rows:
+        parser.error(f"--micro-batches {args.micro_batches} with --rows {args.rows}: expected 1 to {args.rows}")
     if args.worker:
         work(args)
         return

@@ -44,9 +44,10 @@ sys.path[:0] = [str(ROOT), str(ROOT.parent), str(ROOT.parent / "launch")]
 from commq.collectives.group import transport_of  # noqa: E402
 from gpt2 import MODELS  # noqa: E402
 from host_parts import host_parts  # noqa: E402
-from lab import gbit, link_bytes, set_rate  # noqa: E402
+from lab import gbit, link_bytes  # noqa: E402
 from model import milliseconds  # noqa: E402
 from recipe_text import read_recipe, split_recipes  # noqa: E402
+from referee import Referee  # noqa: E402
 from step_fsdp import fsdp_methods  # noqa: E402
 from step_methods import DDP_OPTIONS, Method, ddp_methods  # noqa: E402
 from step_rows import BASELINE, HEAD, Row, line, read_rows  # noqa: E402
@@ -72,7 +73,7 @@ class Worker:
         self.args, self.rows = args, rows
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.device = torch.device(args.device)
-        self.clock = dist.new_group(backend="gloo")
+        self.referee = Referee(self.device)
         self.config = MODELS[args.model]
         self.start = time.monotonic()
         self.setting = {
@@ -95,7 +96,7 @@ class Worker:
                 name = {**self.setting, "rate": rate, "method": method.name}
                 if any(name.items() <= row.items() and "median_ms" in row for row in self.rows):
                     continue
-                if self._agree(time.monotonic() - self.start) > self.args.budget:
+                if self.referee.largest(time.monotonic() - self.start) > self.args.budget:
                     return
                 row = {**name, "detail": method.detail, **self._measure(method, rate)}
                 if "median_ms" in row:
@@ -111,8 +112,7 @@ class Worker:
             found = self._time(method, rate)
         except (ImportError, RuntimeError, TypeError, ValueError, NotImplementedError) as caught:
             error = f"{type(caught).__name__}: {caught}"
-        errors: list[str | None] = [None] * self.world_size
-        dist.all_gather_object(errors, error, group=self.clock)
+        errors = self.referee.share(error)
         if self.device.type == "cuda":
             collect()
             torch.cuda.empty_cache()
@@ -120,30 +120,30 @@ class Worker:
         return {"error": failed[0][:500]} if failed else found
 
     def _time(self, method: Method, rate: str) -> Row:
-        self._set_rate(rate if method.measures_link else "unshaped")
+        self.referee.set_rate(rate if method.measures_link else "unshaped")
         memory = transport_of(None).memory  # what was measured at another rate
         memory.facts.clear()
         memory.notes.clear()
         training = Training(method, self.config, self.args.rows, self.device)
         for _ in range(method.warm_up):
             training.step()
-        self._set_rate(rate)
-        first = self._agree(training.timed_step())
+        self.referee.set_rate(rate)
+        first = self.referee.largest(self.referee.seconds(training.step))
         count = method.steps or min(max(int(SECONDS / first), STEPS[0]), STEPS[1])
         attached = training.attached
         attached.host_seconds.clear()
         link, sent = link_bytes(), attached.sent_bytes(training.steps)
-        times = [training.timed_step() for _ in range(count)]
+        times = [self.referee.seconds(training.step) for _ in range(count)]
         link, after = link_bytes() - link, attached.sent_bytes(training.steps)
         host = [seconds * 1e6 for seconds in attached.host_seconds]
-        times = [self._agree(seconds) * 1e3 for seconds in times]
+        times = [self.referee.largest(seconds) * 1e3 for seconds in times]
         row = {
             "median_ms": statistics.median(times),
             "mean_ms": statistics.fmean(times),
             "fastest_ms": min(times),
             "slowest_ms": max(times),
             "steps": count,
-            "link_bytes": int(self._agree(link / count)),
+            "link_bytes": int(self.referee.largest(link / count)),
             "sent_bytes": None if sent is None or after is None else (after - sent) // count,
             "buckets": [numel for _, numel in sorted(attached.buckets.items())],
             "host_us_per_bucket": statistics.median(host) if host else None,
@@ -174,20 +174,6 @@ class Worker:
             "hidden": 1 - beyond / link if link and row is not base else None,
             "expected_ms": max(base["median_ms"], link - last) + last,
         }
-
-    def _set_rate(self, rate: str) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        dist.barrier(self.clock)
-        if self.rank == 0:
-            set_rate(rate)
-        dist.barrier(self.clock)
-
-    def _agree(self, value: float) -> float:
-        """The largest of all ranks."""
-        total = torch.tensor([value], dtype=torch.float64)
-        dist.all_reduce(total, dist.ReduceOp.MAX, group=self.clock)
-        return float(total)
 
 
 def collect() -> None:

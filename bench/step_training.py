@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import warnings
 from typing import Any
 
@@ -35,14 +34,6 @@ class Training:
         loss.backward()
         self.optimizer.step()
         self.steps += 1
-
-    def timed_step(self) -> float:
-        """Seconds."""
-        start = time.perf_counter()
-        self.step()
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
 
     def profile(self, steps: int = 3) -> dict[str, Any]:
         """Of a step: allocations, memory newly taken from the device, and synchronisations of the host with it."""
