@@ -17,6 +17,7 @@ from commq.train.mixture import MixtureTrainer
 from commq.train.ranks import Ranks
 from commq.train.run import Run
 from commq.train.tensor import TensorTrainer
+from commq.train.tensor_sharded import ShardedTensorTrainer
 from commq.train.trainer import Trainer
 from commq.train.trainers import trainer_of
 from harness import run_processes
@@ -52,13 +53,17 @@ def same_everywhere(tensor: torch.Tensor) -> bool:
     return all(torch.equal(each, tensor) for each in everyone)
 
 
-def resumes(settings: Config) -> None:
-    """A run, and the same one killed while it wrote its last checkpoint and resumed: the same rows, bytes included."""
+def resumes(settings: Config, *, bytes_too: bool = True) -> None:
+    """A run, and the same one killed while it wrote its last checkpoint and resumed: the same rows, bytes included.
+
+    But for recipes of differences: a resumed run gathers its references once more.
+    """
+    uncounted = {"seconds": 0.0} | ({} if bytes_too else {"raw_bytes": 0, "sent_bytes": 0})
 
     def rows(config: Config) -> list[tuple]:
         Run(config, all_ranks()).execute()
         dist.barrier()
-        return [astuple(replace(row, seconds=0.0)) for row in read_rows(config.output.out)]
+        return [astuple(replace(row, **uncounted)) for row in read_rows(config.output.out)]
 
     whole = rows(settings)
     if dist.get_rank() == 0:
@@ -88,6 +93,38 @@ def tensor_parallel(out: Path) -> None:
     resumes(config(out / "tensor", tensor_parallel=2, recipe="int4", activations="int8"))
 
 
+def sharded_tensor_parallel(out: Path) -> None:
+    """Two rows by two columns: parts of blocks, and what is whole, sharded over a column."""
+    plain = trainer(TensorTrainer, config(tensor_parallel=2, activations="fp32"), all_ranks())
+    settings = config(tensor_parallel=2, parallel="fsdp", activations="fp32")
+    assert trainer_of(settings) is ShardedTensorTrainer
+    exact = trainer(ShardedTensorTrainer, settings, all_ranks())
+    lossy = {
+        name: trainer(ShardedTensorTrainer, replace(settings, recipe=name, activations="int8"), all_ranks())
+        for name in ("full-shard", "sdp4bit", "int4")
+    }
+    for _ in range(3):
+        (loss, norm), (same_loss, same_norm) = plain.train_step(), exact.train_step()
+        assert abs(same_loss - loss) <= CLOSE * loss and abs(same_norm - norm) <= CLOSE * norm
+        for each in lossy.values():
+            assert abs(each.train_step()[0] - loss) <= 0.02 * loss
+    for each in (exact, *lossy.values()):
+        own = {id(parameter) for parameter in each.own}
+        assert len(own) == 2 * 4
+        for parameter in each.ddp.parameters():
+            assert parameter.to_local().numel() == parameter.numel() // 2
+            assert same_everywhere(parameter.full_tensor()) == (id(parameter) not in own)
+    wholes = [parameter.full_tensor() for parameter in exact.ddp.parameters()]
+    for whole, parameter in zip(wholes, plain.ddp.parameters(), strict=True):
+        assert (whole - parameter).norm() <= CLOSE * parameter.norm()
+    assert abs(exact.validate() - plain.validate()) <= CLOSE * plain.validate()
+    stats = lossy["sdp4bit"].handle.stats()
+    assert stats.raw_bytes > 3 * stats.sent_bytes > 0
+    for recipe in ("full-shard", "sdp4bit"):
+        settings = config(out / recipe, tensor_parallel=2, parallel="fsdp", recipe=recipe)
+        resumes(settings, bytes_too=recipe != "sdp4bit")
+
+
 def experts(out: Path) -> None:
     """Against all experts on one rank, which gets the tokens of all."""
     rank = dist.get_rank()
@@ -110,12 +147,16 @@ def experts(out: Path) -> None:
     assert {"experts.dispatch", "experts.combine"} <= set(commq.functional.traffic(counts))
     with pytest.raises(ValueError, match="--experts 3 with 4 processes; choose a multiple of 4"):
         trainer(MixtureTrainer, config(experts=3), all_ranks())
+    for recipe in (commq.recipe("alq3"), replace(commq.recipe("int4"), schedule="auto")):
+        with pytest.raises(ValueError, match=r"--tensor-parallel 2 with recipe .*drift apart"):
+            TensorTrainer(config(tensor_parallel=2), recipe, parted.corpus, all_ranks())
     with pytest.raises(ValueError, match="--tensor-parallel 3 with 4 processes"):
         trainer(TensorTrainer, replace(config(), tensor_parallel=3, model=ModelConfig(heads=3, dim=48)), all_ranks())
 
 
 def on_four_ranks(out: Path) -> None:
     tensor_parallel(out)
+    sharded_tensor_parallel(out / "sharded")
     experts(out)
 
 
@@ -128,7 +169,11 @@ def test_runs_on_four_ranks(tmp_path):
     [
         ({"tensor_parallel": 2, "experts": 2}, "expected one of them"),
         ({"experts": 1}, "of experts 2 or more"),
-        ({"tensor_parallel": 2, "parallel": "fsdp", "recipe": "full-shard"}, "expected ddp, and adamw or sgd"),
+        (
+            {"tensor_parallel": 2, "parallel": "hsdp", "recipe": "hybrid-shard"},
+            "expected ddp or fsdp, and adamw or sgd",
+        ),
+        ({"experts": 4, "parallel": "fsdp", "recipe": "full-shard"}, "expected ddp, and adamw or sgd"),
         ({"tensor_parallel": 3}, "--heads 4"),
         ({"tensor_parallel": 2, "activations": "int9"}, "'int9' is unknown"),
         ({"tensor_parallel": 0}, "expected 1 or more"),

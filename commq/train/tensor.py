@@ -1,7 +1,8 @@
 """The trainer of `--tensor-parallel N`: N neighbours share the attention and the MLP of every block.
 
 Ranks are a table of W / N rows and N columns. The ranks of a row get the same sequences and hold parts of the blocks;
-the ranks of a column hold the same parts and average their gradients by the recipe, as DDP does.
+the ranks of a column hold the same parts and average their gradients by the recipe, as DDP does. Every column averages
+those of embedding, norms and head, too: they stay the same bits, for all columns do the same with the same gradients.
 """
 
 from dataclasses import replace
@@ -28,11 +29,17 @@ class TensorTrainer(PartsTrainer):
     """One rank of a run whose blocks are shared by `config.tensor_parallel` ranks; embedding and head are not."""
 
     def __init__(self, config: Config, recipe: commq.Recipe, corpus: Corpus, ranks: Ranks) -> None:
-        """ValueError, the same on every rank, if the ranks or the attention heads cannot be divided."""
+        """ValueError, the same on every rank: ranks that cannot be divided, or a recipe that measures."""
         columns = config.tensor_parallel
         if ranks.world_size % columns:
             raise ValueError(
                 f"--tensor-parallel {columns} with {ranks.world_size} processes; choose a divisor of {ranks.world_size}"
+            )
+        if recipe.adapt is not None or recipe.schedule == "auto":
+            what = "schedule 'auto'" if recipe.adapt is None else f"adapt={recipe.adapt}"
+            raise ValueError(
+                f"--tensor-parallel {columns} with recipe {recipe.name!r} of {what}: each column of ranks would decide "
+                "by its own measurements, and the parameters they share would drift apart; choose a recipe without"
             )
         rows = ranks.world_size // columns
         table = torch.arange(ranks.world_size).view(rows, columns)
@@ -46,11 +53,11 @@ class TensorTrainer(PartsTrainer):
     def _attach(self, model: nn.Module, recipe: commq.Recipe) -> tuple[Any, Any, Optimizer]:
         assert isinstance(model, GPT)
         share_blocks(model, self._mesh, self.config.activations)
-        shared = {name for name, parameter in model.named_parameters() if isinstance(parameter, DTensor)}
+        own = [name for name, parameter in model.named_parameters() if isinstance(parameter, DTensor)]
         localize(model)
-        self.own = [parameter for name, parameter in model.named_parameters() if name in shared]
-        self.own_group = self._mesh.get_group()
         ddp, handle, optimizer = super()._attach(model, recipe)
+        self.own = [model.get_parameter(name) for name in own]
+        self.own_group = self._mesh.get_group()
         return ddp, CountingHandle(handle, self._mesh), optimizer
 
 
