@@ -8,6 +8,9 @@ import torch
 import torch.distributed as dist
 
 import commq
+from commq.collectives.hosts import HOSTS, Hosts, find_hosts
+from commq.collectives.memory import memory_of
+from commq.collectives.transport import C10d
 from commq.train import mixture
 from commq.train.config import Config, DataConfig, ModelConfig, OptimizerConfig, OutputConfig, PipelineConfig
 from commq.train.config_numerics import GuardConfig, PrecisionConfig
@@ -85,6 +88,7 @@ def tensor_parallel(out: Path) -> None:
         assert abs(near_loss - loss) <= 0.02 * loss
     assert abs(exact.validate() - plain.validate()) <= CLOSE * plain.validate()
     for each in (exact, lossy):
+        assert each.count_parameters() == plain.count_parameters()
         own = {id(parameter) for parameter in each.own}
         assert len(own) == 2 * 4
         assert all(same_everywhere(p) for p in each.ddp.parameters() if id(p) not in own)
@@ -109,20 +113,34 @@ def sharded_tensor_parallel(out: Path) -> None:
         for each in lossy.values():
             assert abs(each.train_step()[0] - loss) <= 0.02 * loss
     for each in (exact, *lossy.values()):
+        assert each.count_parameters() == plain.count_parameters()
         own = {id(parameter) for parameter in each.own}
         assert len(own) == 2 * 4
         for parameter in each.ddp.parameters():
             assert parameter.to_local().numel() == parameter.numel() // 2
             assert same_everywhere(parameter.full_tensor()) == (id(parameter) not in own)
-    wholes = [parameter.full_tensor() for parameter in exact.ddp.parameters()]
-    for whole, parameter in zip(wholes, plain.ddp.parameters(), strict=True):
-        assert (whole - parameter).norm() <= CLOSE * parameter.norm()
+    for sharded, parameter in zip(exact.ddp.parameters(), plain.ddp.parameters(), strict=True):
+        assert (sharded.full_tensor() - parameter).norm() <= CLOSE * parameter.norm()
     assert abs(exact.validate() - plain.validate()) <= CLOSE * plain.validate()
     stats = lossy["sdp4bit"].handle.stats()
     assert stats.raw_bytes > 3 * stats.sent_bytes > 0
-    for recipe in ("full-shard", "sdp4bit"):
+    for recipe, optimizer in (("full-shard", "sgd"), ("sdp4bit", "adamw")):
         settings = config(out / recipe, tensor_parallel=2, parallel="fsdp", recipe=recipe)
+        settings = replace(settings, optimizer=OptimizerConfig(optimizer=optimizer, warmup=2))
         resumes(settings, bytes_too=recipe != "sdp4bit")
+
+
+def columns_that_would_drift_apart() -> None:
+    corpus, settings = load_corpus(DATA, max_mb=0.1, context=16), config(tensor_parallel=2)
+    for recipe in (commq.recipe("alq3"), replace(commq.recipe("int4"), schedule="auto")):
+        with pytest.raises(ValueError, match=r"--tensor-parallel 2 with recipe .*decide by what each measures"):
+            TensorTrainer(settings, recipe, corpus, all_ranks())
+    facts = memory_of(dist.group.WORLD).facts
+    before = find_hosts(C10d())
+    facts[HOSTS] = Hosts((0, 0, 0, 1))  # ranks 0 and 2 are on one host, 1 and 3 on two
+    with pytest.raises(ValueError, match=r"spread over hosts in different ways.*a multiple of 2 processes"):
+        ShardedTensorTrainer(settings, commq.recipe("full-shard"), corpus, all_ranks())
+    facts[HOSTS] = before
 
 
 def experts(out: Path) -> None:
@@ -141,21 +159,20 @@ def experts(out: Path) -> None:
         dist.all_reduce(own_loss)
         assert abs(own_loss / 4 - loss) <= CLOSE * loss and abs(same_norm - norm) <= CLOSE * norm
     assert same_everywhere(parted.ddp.module.blocks[0].mlp.router.weight)
+    assert parted.count_parameters() == plain.count_parameters()
     mixture.BALANCE = balance
     resumes(config(out / "experts", experts=4, recipe="int4"))
     counts = parted.handle._group
     assert {"experts.dispatch", "experts.combine"} <= set(commq.functional.traffic(counts))
     with pytest.raises(ValueError, match="--experts 3 with 4 processes; choose a multiple of 4"):
         trainer(MixtureTrainer, config(experts=3), all_ranks())
-    for recipe in (commq.recipe("alq3"), replace(commq.recipe("int4"), schedule="auto")):
-        with pytest.raises(ValueError, match=r"--tensor-parallel 2 with recipe .*drift apart"):
-            TensorTrainer(config(tensor_parallel=2), recipe, parted.corpus, all_ranks())
     with pytest.raises(ValueError, match="--tensor-parallel 3 with 4 processes"):
         trainer(TensorTrainer, replace(config(), tensor_parallel=3, model=ModelConfig(heads=3, dim=48)), all_ranks())
 
 
 def on_four_ranks(out: Path) -> None:
     tensor_parallel(out)
+    columns_that_would_drift_apart()
     sharded_tensor_parallel(out / "sharded")
     experts(out)
 

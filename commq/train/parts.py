@@ -28,6 +28,10 @@ class PartsTrainer(Trainer):
     def synchronized(self) -> bool:
         return False
 
+    def count_parameters(self) -> int:
+        others = dist.get_world_size(self.own_group) - 1
+        return super().count_parameters() + others * sum(p.numel() for p in self.own)
+
     def _clip(self) -> Tensor:
         """Clip the averaged gradient of the whole model; its norm before that."""
         own = {id(parameter) for parameter in self.own}

@@ -18,6 +18,8 @@ from torch.optim import Optimizer
 
 import commq
 from commq.attach.tensor_parallel import ColwiseParallel, RowwiseParallel, localize
+from commq.collectives.hosts import Hosts, find_hosts
+from commq.collectives.transport import C10d
 from commq.train.config import Config
 from commq.train.data import Corpus
 from commq.train.model import GPT, Block
@@ -29,20 +31,15 @@ class TensorTrainer(PartsTrainer):
     """One rank of a run whose blocks are shared by `config.tensor_parallel` ranks; embedding and head are not."""
 
     def __init__(self, config: Config, recipe: commq.Recipe, corpus: Corpus, ranks: Ranks) -> None:
-        """ValueError, the same on every rank: ranks that cannot be divided, or a recipe that measures."""
+        """ValueError, the same on every rank: ranks that cannot be divided, or columns that would drift apart."""
         columns = config.tensor_parallel
         if ranks.world_size % columns:
             raise ValueError(
                 f"--tensor-parallel {columns} with {ranks.world_size} processes; choose a divisor of {ranks.world_size}"
             )
-        if recipe.adapt is not None or recipe.schedule == "auto":
-            what = "schedule 'auto'" if recipe.adapt is None else f"adapt={recipe.adapt}"
-            raise ValueError(
-                f"--tensor-parallel {columns} with recipe {recipe.name!r} of {what}: each column of ranks would decide "
-                "by its own measurements, and the parameters they share would drift apart; choose a recipe without"
-            )
         rows = ranks.world_size // columns
         table = torch.arange(ranks.world_size).view(rows, columns)
+        _check_same(recipe, table.t().tolist())
         backend = dist.get_backend(ranks.group)
         row = _own_group(table.tolist(), backend)
         column = _own_group(table.t().tolist(), backend)
@@ -75,6 +72,23 @@ def share_blocks(model: GPT, mesh: DeviceMesh, format: str) -> None:
         weight = attention.qkv.weight
         weight.copy_(weight.unflatten(0, (3, columns, -1)).transpose(0, 1).flatten(0, 2))
         parallelize_module(block, mesh, plan)
+
+
+def _check_same(recipe: commq.Recipe, columns: list[list[int]]) -> None:
+    """ValueError if columns may treat the parameters that all of them hold differently. All ranks call it."""
+    what = f"--tensor-parallel {len(columns)} with recipe {recipe.name!r}"
+    why = "embedding, norms and head, which every column averages, would drift apart"
+    if recipe.adapt is not None or recipe.schedule == "auto":
+        how = "schedule='auto'" if recipe.adapt is None else f"adapt={recipe.adapt}"
+        raise ValueError(f"{what}, which has {how}: columns of ranks decide by what each measures, and {why}")
+    if recipe.schedule != "two_hop" and not recipe.secondary:
+        return
+    hosts = find_hosts(C10d())
+    if len({Hosts.of([hosts.host_of[rank] for rank in column]) for column in columns}) > 1:
+        raise ValueError(
+            f"{what}, which travels inside hosts first, and hosts of ranks {hosts.members}: the columns {columns} are "
+            f"spread over hosts in different ways, and {why}; start a multiple of {len(columns)} processes on each host"
+        )
 
 
 def _own_group(lists: list[list[int]], backend: str) -> dist.ProcessGroup:
