@@ -156,7 +156,8 @@ class Config:
     parallel: Literal["ddp", "fsdp", "hsdp"] = "ddp"
     """ddp: every process has all parameters. fsdp: they are sharded over all processes; hsdp: over those of a host."""
     tensor_parallel: int = 1
-    """Neighbouring processes that share the attention and the MLP of every block; the others take other sequences."""
+    """Neighbouring processes that share the attention and the MLP of every block; the others take other sequences.
+    With ddp or fsdp, which average gradients, and shard parameters, over processes that hold the same parts."""
     experts: int = 0
     """MLPs of each block, spread over all processes, of which a router chooses two for each token; 0: just one."""
     activations: str = "int8"

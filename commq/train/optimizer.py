@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 from torch import nn, optim
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from commq.optim import (
@@ -39,7 +40,8 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig, seed: int = 0) -> 
         return _LOW_BIT[config.optimizer](groups, config.lr, betas=BETAS, **options)
     if config.optimizer == "adamw":
         return optim.AdamW(groups, lr=config.lr, betas=BETAS, fused=True)
-    return optim.SGD(groups, lr=config.lr, momentum=0.9, fused=True)
+    sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters())  # torch has no fused SGD of those
+    return optim.SGD(groups, lr=config.lr, momentum=0.9, fused=not sharded)
 
 
 def make_comm_optimizer(

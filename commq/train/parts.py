@@ -6,6 +6,7 @@ from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from commq.collectives.functional import Group
@@ -27,6 +28,10 @@ class PartsTrainer(Trainer):
     def synchronized(self) -> bool:
         return False
 
+    def count_parameters(self) -> int:
+        others = dist.get_world_size(self.own_group) - 1
+        return super().count_parameters() + others * sum(p.numel() for p in self.own)
+
     def _clip(self) -> Tensor:
         """Clip the averaged gradient of the whole model; its norm before that."""
         own = {id(parameter) for parameter in self.own}
@@ -39,7 +44,9 @@ class PartsTrainer(Trainer):
 
 
 def _norm(parameters: list[nn.Parameter]) -> Tensor:
-    return get_total_norm([p.grad for p in parameters if p.grad is not None])
+    """Of whole gradients, where parameters are sharded."""
+    norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 class CountingHandle:

@@ -1,7 +1,8 @@
 """The trainer of `--tensor-parallel N`: N neighbours share the attention and the MLP of every block.
 
 Ranks are a table of W / N rows and N columns. The ranks of a row get the same sequences and hold parts of the blocks;
-the ranks of a column hold the same parts and average their gradients by the recipe, as DDP does.
+the ranks of a column hold the same parts and average their gradients by the recipe, as DDP does. Every column averages
+those of embedding, norms and head, too: they stay the same bits, for all columns do the same with the same gradients.
 """
 
 from dataclasses import replace
@@ -17,6 +18,8 @@ from torch.optim import Optimizer
 
 import commq
 from commq.attach.tensor_parallel import ColwiseParallel, RowwiseParallel, localize
+from commq.collectives.hosts import Hosts, find_hosts
+from commq.collectives.transport import C10d
 from commq.train.config import Config
 from commq.train.data import Corpus
 from commq.train.model import GPT, Block
@@ -28,7 +31,7 @@ class TensorTrainer(PartsTrainer):
     """One rank of a run whose blocks are shared by `config.tensor_parallel` ranks; embedding and head are not."""
 
     def __init__(self, config: Config, recipe: commq.Recipe, corpus: Corpus, ranks: Ranks) -> None:
-        """ValueError, the same on every rank, if the ranks or the attention heads cannot be divided."""
+        """ValueError, the same on every rank: ranks that cannot be divided, or columns that would drift apart."""
         columns = config.tensor_parallel
         if ranks.world_size % columns:
             raise ValueError(
@@ -36,6 +39,7 @@ class TensorTrainer(PartsTrainer):
             )
         rows = ranks.world_size // columns
         table = torch.arange(ranks.world_size).view(rows, columns)
+        _check_same(recipe, table.t().tolist())
         backend = dist.get_backend(ranks.group)
         row = _own_group(table.tolist(), backend)
         column = _own_group(table.t().tolist(), backend)
@@ -46,11 +50,11 @@ class TensorTrainer(PartsTrainer):
     def _attach(self, model: nn.Module, recipe: commq.Recipe) -> tuple[Any, Any, Optimizer]:
         assert isinstance(model, GPT)
         share_blocks(model, self._mesh, self.config.activations)
-        shared = {name for name, parameter in model.named_parameters() if isinstance(parameter, DTensor)}
+        own = [name for name, parameter in model.named_parameters() if isinstance(parameter, DTensor)]
         localize(model)
-        self.own = [parameter for name, parameter in model.named_parameters() if name in shared]
-        self.own_group = self._mesh.get_group()
         ddp, handle, optimizer = super()._attach(model, recipe)
+        self.own = [model.get_parameter(name) for name in own]
+        self.own_group = self._mesh.get_group()
         return ddp, CountingHandle(handle, self._mesh), optimizer
 
 
@@ -68,6 +72,23 @@ def share_blocks(model: GPT, mesh: DeviceMesh, format: str) -> None:
         weight = attention.qkv.weight
         weight.copy_(weight.unflatten(0, (3, columns, -1)).transpose(0, 1).flatten(0, 2))
         parallelize_module(block, mesh, plan)
+
+
+def _check_same(recipe: commq.Recipe, columns: list[list[int]]) -> None:
+    """ValueError if columns may treat the parameters that all of them hold differently. All ranks call it."""
+    what = f"--tensor-parallel {len(columns)} with recipe {recipe.name!r}"
+    why = "embedding, norms and head, which every column averages, would drift apart"
+    if recipe.adapt is not None or recipe.schedule == "auto":
+        how = "schedule='auto'" if recipe.adapt is None else f"adapt={recipe.adapt}"
+        raise ValueError(f"{what}, which has {how}: columns of ranks decide by what each measures, and {why}")
+    if recipe.schedule != "two_hop" and not recipe.secondary:
+        return
+    hosts = find_hosts(C10d())
+    if len({Hosts.of([hosts.host_of[rank] for rank in column]) for column in columns}) > 1:
+        raise ValueError(
+            f"{what}, which travels inside hosts first, and hosts of ranks {hosts.members}: the columns {columns} are "
+            f"spread over hosts in different ways, and {why}; start a multiple of {len(columns)} processes on each host"
+        )
 
 
 def _own_group(lists: list[list[int]], backend: str) -> dist.ProcessGroup:

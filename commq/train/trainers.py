@@ -6,6 +6,7 @@ from commq.train.config_numerics import GuardConfig, PrecisionConfig
 from commq.train.mixture import CHOICES, MixtureTrainer
 from commq.train.sharded import ShardedTrainer
 from commq.train.tensor import TensorTrainer
+from commq.train.tensor_sharded import ShardedTensorTrainer
 from commq.train.trainer import Trainer
 
 
@@ -33,10 +34,11 @@ def trainer_of(config: Config) -> type[Trainer]:
         return PipelineTrainer
     if config.tensor_parallel < 1 or (config.experts and config.experts < CHOICES):
         raise ValueError(f"{what}: expected 1 or more, of experts {CHOICES} or more")
-    if config.parallel != "ddp" or config.optimizer.optimizer not in ("adamw", "sgd"):
+    ways = ("ddp",) if config.experts else ("ddp", "fsdp")
+    if config.parallel not in ways or config.optimizer.optimizer not in ("adamw", "sgd"):
         raise ValueError(
             f"{what} with --parallel {config.parallel} and --optimizer {config.optimizer.optimizer}: each process has "
-            "parts of its own; expected ddp, and adamw or sgd"
+            f"parts of its own; expected {' or '.join(ways)}, and adamw or sgd"
         )
     if config.model.heads % config.tensor_parallel:
         raise ValueError(
@@ -44,4 +46,6 @@ def trainer_of(config: Config) -> type[Trainer]:
             f"{config.tensor_parallel}, and --dim a multiple of twice that"
         )
     get_format(config.activations)
-    return MixtureTrainer if config.experts else TensorTrainer
+    if config.experts:
+        return MixtureTrainer
+    return TensorTrainer if config.parallel == "ddp" else ShardedTensorTrainer
