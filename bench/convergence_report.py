@@ -26,8 +26,11 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def key_of(row: Row) -> str:
-    """What makes a run the same as another."""
-    return json.dumps({name: row.get(name, default) for name, default in NAMES.items()}, sort_keys=True)
+    """What makes a run the same as another. Older files lack what there was not yet: it has its default."""
+    found = {name: row.get(name, default) for name, default in NAMES.items()}
+    for name in ("model", "optimizer"):
+        found[name] = {key: found[name].get(key, default) for key, default in NAMES[name].items()}
+    return json.dumps(found, sort_keys=True)
 
 
 @dataclass(frozen=True)
