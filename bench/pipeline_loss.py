@@ -1,7 +1,7 @@
 """What encoded boundaries of a pipeline cost in loss: each run is paired with the uncompressed run of the same seed.
 
-    python bench/pipeline_loss.py --task finetune --seeds 0,1,2 --out out/pipeline_loss.jsonl
-    python bench/pipeline_loss.py --task pretrain --seeds 0,1,2 --out out/pipeline_loss.jsonl
+    python bench/pipeline_loss.py --task finetune --seeds 0,1,2 --jobs 9 --out out/pipeline_loss.jsonl
+    python bench/pipeline_loss.py --task pretrain --seeds 0,1,2 --jobs 9 --out out/pipeline_loss.jsonl
     python bench/pipeline_loss.py --report out/pipeline_loss.jsonl
     python bench/pipeline_loss.py --task finetune --device cpu --layers 4 --dim 64 --heads 2 --context 64 --steps 50
         --samples 256 --rows 16 --epochs 3 --val-bytes 8192                                       # to try it out
@@ -9,8 +9,8 @@
 A byte GPT of 10.8 M parameters in 4 stages, which live in one process (bench/pipeline_chain.py). pretrain: one pass, no
 sequence twice. finetune: an uncompressed run of `--steps` on the first half of the text, the same for all methods of a
 seed, then several epochs over `--samples` sequences of the second half. Losses are those of the whole model on held-out
-text. Gradients cross in int8 throughout. Runs that are in --out are not repeated. Those of a seed follow each other in
-one process; seeds share a GPU, under NVIDIA MPS if it is there.
+text. Gradients cross in int8 throughout. Runs that are in --out are not repeated; --jobs of them share a GPU, under
+NVIDIA MPS if it is there.
 
 "tiles 0" has 4 bits throughout. Gates: gap <= max(0.5 %, 2 standard errors) of the best differences of 2 to 3 bits
 (finetune) and of the best tiles (pretrain). The controls, 2 bits direct, must fail them.
@@ -25,6 +25,7 @@ import statistics
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -233,8 +234,10 @@ def main() -> None:
     add("--context", type=int, default=256)
     add("--val-bytes", type=int, default=1 << 19)
     add("--device", default="cuda", choices=("cpu", "cuda"))
+    add("--jobs", type=int, default=1, help="runs at once")
     add("--out", default="out/pipeline_loss.jsonl")
     add("--report", metavar="FILE", help="print the tables of a file, and run nothing")
+    add("--alone", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.report:
         print(report(read_rows(Path(args.report))))
@@ -242,21 +245,29 @@ def main() -> None:
     torch.set_num_threads(1)
     out = Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    if args.device == "cuda" and "," in args.seeds:
-        code = run_seeds(args.seeds.split(","))
+    if args.jobs > 1 and not args.alone:
+        failed = run_at_once(args)
         print(report(read_rows(out)))
-        sys.exit(code)
+        sys.exit(failed > 0)
     run(args)
+    if args.alone:
+        return
     print(report(read_rows(out)))
 
 
-def run_seeds(seeds: list[str]) -> int:
-    """A process for each seed, at once; the first exit code that is not 0."""
-    command = [sys.executable, str(Path(__file__).resolve()), *sys.argv[1:], "--seeds"]
-    with shared_gpu("cuda"):
-        processes = [subprocess.Popen([*command, seed]) for seed in seeds]
-        codes = [process.wait() for process in processes]
-    return next((code for code in codes if code), 0)
+def run_at_once(args: argparse.Namespace) -> int:
+    """A process for each run, uncompressed ones first: they leave what fine-tuning starts from. Runs that failed."""
+    methods = args.methods.split(",") if args.methods else [*METHODS[args.task]]
+    seeds = args.seeds.split(",")
+    begun = [(seed, BASELINE) for seed in seeds]
+    others = [(seed, method) for method in methods if method != BASELINE for seed in seeds]
+    command = [sys.executable, str(Path(__file__).resolve()), *sys.argv[1:], "--alone"]
+
+    def start(one: tuple[str, str]) -> int:
+        return subprocess.run([*command, "--seeds", one[0], "--methods", one[1]]).returncode
+
+    with shared_gpu(args.device), ThreadPoolExecutor(args.jobs) as pool:
+        return sum(code != 0 for some in (begun, others) for code in pool.map(start, some))
 
 
 def run(args: argparse.Namespace) -> None:
