@@ -52,16 +52,27 @@ __device__ __forceinline__ float reduce_sum(float value, int threads, Meeting& m
   return reduce(value, threads, meeting, [](float a, float b) { return __fadd_rn(a, b); });
 }
 
-// The thread's largest |x|; NaN if one of them is.
-__device__ __forceinline__ float max_magnitude(const float (&x)[V]) {
-  float top[V / 2];
+// |x| of the thread's elements, combined pair by pair.
+template <class Op>
+__device__ __forceinline__ float fold_magnitudes(const float (&x)[V], Op op) {
+  float part[V / 2];
 #pragma unroll
-  for (int j = 0; j < V / 2; ++j) top[j] = max_or_nan(fabsf(x[2 * j]), fabsf(x[2 * j + 1]));
+  for (int j = 0; j < V / 2; ++j) part[j] = op(fabsf(x[2 * j]), fabsf(x[2 * j + 1]));
 #pragma unroll
   for (int half = 1; half < V / 2; half *= 2)
 #pragma unroll
-    for (int j = 0; j < V / 2; j += 2 * half) top[j] = max_or_nan(top[j], top[j + half]);
-  return top[0];
+    for (int j = 0; j < V / 2; j += 2 * half) part[j] = op(part[j], part[j + half]);
+  return part[0];
+}
+
+// The thread's largest |x|; NaN if one of them is.
+__device__ __forceinline__ float max_magnitude(const float (&x)[V]) {
+  return fold_magnitudes(x, [](float a, float b) { return max_or_nan(a, b); });
+}
+
+// The sum of the thread's |x|.
+__device__ __forceinline__ float sum_magnitudes(const float (&x)[V]) {
+  return fold_magnitudes(x, [](float a, float b) { return __fadd_rn(a, b); });
 }
 
 }  // namespace commq::cuda

@@ -42,18 +42,6 @@ __device__ __forceinline__ void zero_padding(uint8_t* row, const Layout& layout,
   if (at < end) row[at] = 0;
 }
 
-// The sum of the thread's |h|.
-__device__ __forceinline__ float sum_magnitudes(const float (&h)[V]) {
-  float part[V / 2];
-#pragma unroll
-  for (int j = 0; j < V / 2; ++j) part[j] = __fadd_rn(fabsf(h[2 * j]), fabsf(h[2 * j + 1]));
-#pragma unroll
-  for (int half = 1; half < V / 2; half *= 2)
-#pragma unroll
-    for (int j = 0; j < V / 2; j += 2 * half) part[j] = __fadd_rn(part[j], part[j + half]);
-  return part[0];
-}
-
 // Mean |h| of the first `valid` elements of a block; never overflows, at most amax. h is finite and holds elements
 // first, first + 1, ... of the block.
 __device__ __forceinline__ float mean_magnitude(const float (&h)[V], float amax, int first, int valid, int threads,
