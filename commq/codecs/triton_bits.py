@@ -44,12 +44,12 @@ def floor_integer(x):
 
 
 @triton.jit
-def load_tile(pointer, offsets, inside, TILE: tl.constexpr):
-    """Elements of a tile, 0 from `inside` on. A whole tile is loaded without a mask, in 16-byte pieces."""
+def load_tile(pointer, offsets, inside, TILE: tl.constexpr, OTHER: tl.constexpr = 0):
+    """Elements of a tile, OTHER from `inside` on. A whole tile is loaded without a mask, in 16-byte pieces."""
     if inside == TILE:
         value = tl.load(pointer + offsets)
     else:
-        value = tl.load(pointer + offsets, mask=offsets < inside, other=0)
+        value = tl.load(pointer + offsets, mask=offsets < inside, other=OTHER)
     return value
 
 

@@ -22,6 +22,7 @@ from commq.codecs.triton_bits import (
     float_bits,
     from_float,
     hadamard,
+    load_tile,
     load_word,
     max_bits,
     pack,
@@ -101,12 +102,9 @@ def _ranges(x, ranges, numel, tiles, tau, G: tl.constexpr):
 
 @triton.jit
 def _load_ranges(ranges, start, tiles, CHUNK: tl.constexpr):
-    tile = start + tl.arange(0, CHUNK)
-    if start + CHUNK <= tiles:
-        chunk = tl.load(ranges + tile)
-    else:
-        chunk = tl.load(ranges + tile, mask=tile < tiles, other=0x7FFFFFFF)
-    return chunk
+    """Those beyond the last tile are above all others."""
+    inside = tl.minimum(tiles - start, CHUNK)
+    return load_tile(ranges + start, tl.arange(0, CHUNK), inside, CHUNK, 0x7FFFFFFF)
 
 
 @triton.jit

@@ -21,6 +21,7 @@ from commq.codecs.triton_bits import (
     to_float,
 )
 from commq.codecs.triton_blocks import inverse_of, lift
+from commq.lowp.triton_random import load_step
 
 NONE, ONE, ROW, STRIP, SQUARE = 0, 1, 2, 3, 4
 """How scales lie: not wanted; one; one a row; one for each 1 x WIDTH; one for each WIDTH x WIDTH."""
@@ -97,12 +98,7 @@ def _encode_both(
     c = first_column + tl.arange(0, W)
     inside = (r < rows)[:, None] & (c < columns)[None, :]
     h = to_float(tl.load(x + (r.to(tl.int64)[:, None] * columns + c[None, :]), mask=inside, other=0))
-    step_low = 0
-    step_high = 0
-    if STOCHASTIC or STOCHASTIC_T:
-        number = tl.load(clock)
-        step_low = number & 0xFFFFFFFF
-        step_high = number >> 32
+    step_low, step_high = load_step(clock, STOCHASTIC or STOCHASTIC_T)
     if MODE != 0:
         _encode(
             h, codes, steps, amax, rows, columns, first_row, first_column, stride, seed, stream, step_low, step_high,

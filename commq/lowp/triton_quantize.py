@@ -25,6 +25,7 @@ from commq.codecs.triton_bits import (
 )
 from commq.codecs.triton_blocks import decode_codes, decode_scales, encode_codes, scale_patterns, tile_format
 from commq.lowp.operand import Operand
+from commq.lowp.triton_random import load_step
 
 TILES, ROW, ONE = 0, 1, 2
 """Whose scale it is: a tile's in registers, a row's, or the whole operand's."""
@@ -71,9 +72,9 @@ def _top(
     G: tl.constexpr, TH: tl.constexpr, TW: tl.constexpr,
 ):  # fmt: skip
     """The largest |h| of all tiles without a NaN or infinity, as bits."""
-    step = tl.load(clock)
+    step_low, step_high = load_step(clock, SIGNS)
     h, _r, _c = _piece(
-        x, rows, columns, width, row_stride, column_stride, seed, signs_stream, step & 0xFFFFFFFF, step >> 32,
+        x, rows, columns, width, row_stride, column_stride, seed, signs_stream, step_low, step_high,
         ROTATION, SIGNS, HALF, G * TH, TW,
     )  # fmt: skip
     bits_G = max_bits(tl.reshape(h, [G, TH * TW]))
@@ -97,12 +98,7 @@ def _quantize(
     G: tl.constexpr, TH: tl.constexpr, TW: tl.constexpr,
 ):  # fmt: skip
     """top: float32 magnitudes of rows or of the whole; bits of the largest of all tiles (nvfp4); else not read."""
-    step_low = 0
-    step_high = 0
-    if STOCHASTIC or SIGNS:
-        step = tl.load(clock)
-        step_low = step & 0xFFFFFFFF
-        step_high = step >> 32
+    step_low, step_high = load_step(clock, STOCHASTIC or SIGNS)
     h, r, c = _piece(
         x, rows, columns, width, row_stride, column_stride, seed, signs_stream, step_low, step_high,
         ROTATION, SIGNS, HALF, G * TH, TW,
