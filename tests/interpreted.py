@@ -12,21 +12,8 @@ import pytest
 
 def interpreted(name: str) -> ModuleType:
     """A second copy of a Triton module, and of those it imports, made of interpreted kernels. name: in full."""
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("triton is not installed; pip install triton")
-    importlib.import_module("triton.language")  # itself always compiled; only our kernels are interpreted
-
-    def ours() -> list[str]:
-        return [module for module in sys.modules if module == name or module.startswith("commq.codecs.triton_")]
-
-    compiled = {module: sys.modules.pop(module) for module in ours()}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")
-        copy = importlib.import_module(name)
-    for module in ours():
-        del sys.modules[module]
-    sys.modules.update(compiled)
-    return copy
+    with interpreting():
+        return importlib.import_module(name)
 
 
 @contextmanager
@@ -34,24 +21,26 @@ def interpreting() -> Iterator[None]:
     """The Triton modules of commq are interpreted copies, and operators take them for CPU tensors."""
     if importlib.util.find_spec("triton") is None:
         pytest.skip("triton is not installed; pip install triton")
-    importlib.import_module("triton.language")
+    importlib.import_module("triton.language")  # itself always compiled; only our kernels are interpreted
     compiled = _take_out()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")
-        yield
-    _take_out()
-    for name, module in compiled.items():
-        folder, _, leaf = name.rpartition(".")
-        sys.modules[name] = module
-        setattr(sys.modules[folder], leaf, module)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("TRITON_INTERPRET", "1")
+            yield
+    finally:
+        _take_out()
+        for name, module in compiled.items():
+            folder, _, leaf = name.rpartition(".")
+            sys.modules[name] = module
+            setattr(sys.modules[folder], leaf, module)
 
 
 def _take_out() -> dict[str, ModuleType]:
     """Triton modules, as if they had not been imported."""
     found = {}
     for name in list(sys.modules):
-        if name.startswith(("commq.codecs.triton_", "commq.lowp.triton_")):
-            folder, _, leaf = name.rpartition(".")
+        folder, _, leaf = name.rpartition(".")
+        if folder.startswith("commq.") and leaf.startswith("triton_"):
             found[name] = sys.modules.pop(name)
             vars(sys.modules[folder]).pop(leaf, None)
     return found

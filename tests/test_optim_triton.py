@@ -3,12 +3,12 @@
 import importlib
 import importlib.util
 import os
-import sys
 
 import pytest
 import torch
 
 from commq.optim import AdamW4bit, AdamW8bit, AdamWFp8, adamw_step, low_bit
+from interpreted import interpreting
 
 CASES = [
     # kind, dtype, shape, update clipping, gradients
@@ -61,20 +61,12 @@ def check(case, device):
 @pytest.fixture
 def interpreted(monkeypatch):
     """Interpreted kernels in place of compiled ones."""
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("triton is not installed; pip install triton")
-    importlib.import_module("triton.language")
-    ours = ("commq.codecs.triton_", "commq.optim.triton_")
-    compiled = {name: sys.modules.pop(name) for name in list(sys.modules) if name.startswith(ours)}
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    kernels = importlib.import_module("commq.optim.triton_adamw")
-    monkeypatch.setattr(
-        low_bit, "implementation", lambda backend, device: kernels if backend == "triton" else adamw_step
-    )
-    yield
-    for name in [name for name in sys.modules if name.startswith(ours)]:
-        del sys.modules[name]
-    sys.modules.update(compiled)
+    with interpreting():
+        kernels = importlib.import_module("commq.optim.triton_adamw")
+        monkeypatch.setattr(
+            low_bit, "implementation", lambda backend, device: kernels if backend == "triton" else adamw_step
+        )
+        yield
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, about infinities
