@@ -80,12 +80,7 @@ class Worker:
                 picked = self._picked(numel) if method == "auto" else ""
                 expected = self._expected(numel, format, picked or method)
                 yield {
-                    "rate": self.args.rate,
-                    "hosts": self.world_size // self.args.ranks_per_host,
-                    "ranks_per_host": self.args.ranks_per_host,
-                    "dtype": self.args.dtype,
-                    "numel": numel,
-                    "nbytes": nbytes,
+                    **self._setting(nbytes),
                     "method": method,
                     "format": format,
                     "picked": picked,
@@ -114,12 +109,7 @@ class Worker:
                     for which in sorted(calls, reverse=pair % 2 == 0):
                         times[which].append(self._batch(calls[which], count) * 1e3)
                 yield {
-                    "rate": self.args.rate,
-                    "hosts": self.world_size // self.args.ranks_per_host,
-                    "ranks_per_host": self.args.ranks_per_host,
-                    "dtype": self.args.dtype,
-                    "numel": numel,
-                    "nbytes": nbytes,
+                    **self._setting(nbytes),
                     "method": "auto beside library",
                     "format": name,
                     "picked": self._picked(numel),
@@ -130,6 +120,17 @@ class Worker:
                     "slowest_ms": max(times["auto"]),
                     "ratio": statistics.median(a / b for a, b in zip(times["auto"], times["library"], strict=True)),
                 }
+
+    def _setting(self, nbytes: int) -> dict[str, Any]:
+        """What a row has of where and of what it was measured."""
+        return {
+            "rate": self.args.rate,
+            "hosts": self.world_size // self.args.ranks_per_host,
+            "ranks_per_host": self.args.ranks_per_host,
+            "dtype": self.args.dtype,
+            "numel": nbytes // self.dtype.itemsize,
+            "nbytes": nbytes,
+        }
 
     def _batch(self, call: Call, count: int) -> float:
         """Seconds of a call, on the slowest rank."""
@@ -214,7 +215,6 @@ class Worker:
             transport_of(None),
             device=self.device,
             backend="auto",
-            piece_bytes=api.PIECE_BYTES[self.device.type],
         )
         return predict(schedule, plans, costs) / 1e6
 

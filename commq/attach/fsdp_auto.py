@@ -7,6 +7,7 @@ FSDP2. Both ways are tried on random numbers when a group first exchanges a unit
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -44,32 +45,35 @@ def scatter_plain(transport: Transport, out: Tensor, x: Tensor, op: Any) -> None
     _call(transport, "reduce_scatter", _reduce_scatter, out, x, op=op)
 
 
-def deciding_lane(lanes: Sequence[Lane], plan: Plan, dtype: torch.dtype) -> int | None:
-    """Number of the lane that a unit is measured as, the one of most elements; None if that travels as it is."""
-    if not lanes:
-        return None
-    most = max(range(len(lanes)), key=lambda i: lanes[i].numel)
-    fmt = plan.parts[most].layout.format
-    return None if fmt.kind == "raw" and fmt.bits >= 8 * dtype.itemsize else most
-
-
 def pays(
     kind: Callable[[ShardMessage], Schedule],
-    source: Source,
+    lanes: Sequence[Lane],
+    plan: Plan,
+    sent: Tensor,
     coding: Coding,
     transport: Transport,
     *,
     hosts: Hosts | None,
-    device: torch.device,
     backend: str,
 ) -> bool:
     """Whether an exchange should be encoded, the same on all ranks. The first call for its kind of message measures.
 
-    kind: `scatter` or `gather`. source: all W rows. The trial is of at most one piece (PIECE_BYTES).
+    kind: `scatter` of all W rows in `sent`, or `gather` of one. A unit is measured as its lane of most elements, and
+    what travels as it is there pays nothing. The trial is of at most one piece (PIECE_BYTES).
     """
-    world_size, step = transport.world_size, source.unit * transport.world_size
-    numel = max(step, min(source.numel, PIECE_BYTES[device.type] // source.dtype.itemsize) // step * step)
-    trial = Source(numel, source.dtype, source.format, source.answer, source.align, source.inside, source.whole)
+    if not lanes:
+        return False
+    most = max(range(len(lanes)), key=lambda i: lanes[i].numel)
+    lane, part, dtype, device = lanes[most], plan.parts[most], sent.dtype, sent.device
+    if part.layout.format.kind == "raw" and part.layout.format.bits >= 8 * dtype.itemsize:
+        return False
+    world_size = transport.world_size
+    inside = part.inside.format if hosts and kind is scatter else None
+    rows = sent.numel() if kind is scatter else world_size * sent.numel()
+    source = Source(rows, dtype, lane.format, lane.format, lane.unit, inside)
+    step = source.unit * world_size
+    numel = max(step, min(rows, PIECE_BYTES[device.type] // dtype.itemsize) // step * step)
+    trial = replace(source, numel=numel)
     coding = Coding(rounding=coding.rounding, rotation=coding.rotation)
     key = "pays", kind.__name__, trial, coding, hosts, device, backend
     facts = transport.memory.facts
@@ -78,7 +82,7 @@ def pays(
         codec = implementation(backend, device, *plan.formats)
         generator = torch.Generator(device).manual_seed(0)
         whole, own = (
-            torch.randn(n, generator=generator, device=device).to(source.dtype) for n in (numel, numel // world_size)
+            torch.randn(n, generator=generator, device=device).to(dtype) for n in (numel, numel // world_size)
         )
         x, out = (whole, own) if kind is scatter else (own, whole)
 
@@ -91,13 +95,13 @@ def pays(
             else:
                 gather_plain(transport, out, x)
 
-        sent = transport.memory.sent_bytes
+        before = transport.memory.sent_bytes
         took, whole_took = (link.agree(transport, link.time_call(call, device)) for call in (encoded, plain))
-        transport.memory.sent_bytes = sent
+        transport.memory.sent_bytes = before
         facts[key] = took * WORTH[1] < whole_took * WORTH[0]
         what = "reduce-scatters" if kind is scatter else "all-gathers"
         chosen = ("two_hop" if hosts else "flat") if facts[key] else "plain"
-        log_decision(transport, what, chosen, source.format, numel * source.dtype.itemsize)
+        log_decision(transport, what, chosen, lane.format, numel * dtype.itemsize)
     return bool(facts[key])
 
 

@@ -9,14 +9,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from commq.attach.fsdp_auto import deciding_lane, gather_plain, pays
+from commq.attach.fsdp_auto import gather_plain, pays
 from commq.attach.fsdp_lanes import Lane, empty
 from commq.attach.fsdp_plans import weight_plan
 from commq.attach.fsdp_unit import CAPTURE, Unit
 from commq.codecs.ops import implementation
 from commq.codecs.reference import Coding
 from commq.collectives.capture import refuse_capture
-from commq.collectives.plan import Plan, Source
+from commq.collectives.plan import Plan
 from commq.collectives.schedule import Schedule
 from commq.collectives.sharded import ShardMessage, Strip, gather
 from commq.collectives.transport import Move, Transport
@@ -175,16 +175,9 @@ class WeightGather:
             return True
         if transport not in self._plain:
             lanes, plan = self._route(transport)
-            most = deciding_lane(lanes, plan, x.dtype)
-            lane = lanes[most or 0]
-            self._plain[transport] = most is None or not pays(
-                gather,
-                Source(transport.world_size * x.numel(), x.dtype, lane.format, lane.format, lane.unit),
-                unit.coding(weights=True),
-                transport,
-                hosts=unit.hosts(transport),
-                device=x.device,
-                backend=unit.backend,
+            coding, hosts = unit.coding(weights=True), unit.hosts(transport)
+            self._plain[transport] = not pays(
+                gather, lanes, plan, x, coding, transport, hosts=hosts, backend=unit.backend
             )
         return self._plain[transport]
 

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from commq.attach.fsdp_auto import deciding_lane, pays, scatter_plain
+from commq.attach.fsdp_auto import pays, scatter_plain
 from commq.attach.fsdp_lanes import Lane, empty, split
 from commq.attach.fsdp_plans import gradient_lanes, gradient_plan
 from commq.attach.fsdp_unit import CAPTURE, Unit
@@ -18,7 +18,7 @@ from commq.codecs.ops import implementation
 from commq.codecs.reference import Coding
 from commq.collectives.capture import refuse_capture
 from commq.collectives.hosts import Hosts
-from commq.collectives.plan import Plan, Source
+from commq.collectives.plan import Plan
 from commq.collectives.schedule import run
 from commq.collectives.sharded import ShardMessage, Strip, scatter
 from commq.collectives.transport import Transport
@@ -158,19 +158,8 @@ class GradientScatter:
         unit = self.unit
         if unit.recipe.schedule != "auto":
             return False
-        most = deciding_lane(lanes, plan, x.dtype)
-        if most is None:
-            return True
-        lane, inside = lanes[most], plan.parts[most].inside.format if hosts else None
-        return not pays(
-            scatter,
-            Source(x.numel(), x.dtype, lane.format, lane.format, lane.unit, inside),
-            unit.coding(weights=False),
-            transport,
-            hosts=hosts,
-            device=x.device,
-            backend=unit.backend,
-        )
+        coding = unit.coding(weights=False)
+        return not pays(scatter, lanes, plan, x, coding, transport, hosts=hosts, backend=unit.backend)
 
     def _bind(self, residual: Residual, lane: Lane, rows: int, x: Tensor, coded: bool) -> Stored | None:
         """The residual of a lane of `rows` rows; each shard's is known by its parameter and row.

@@ -94,9 +94,7 @@ class Layouts:
                 self.answer_residual.collect()
         self._check(parameters, buffer)
         members = self._members_of(parameters, phase)
-        if self._two_levels is None:
-            wants = self.recipe.schedule in ("two_hop", "auto")
-            self._two_levels = wants and find_hosts(self.transport).has_two_levels
+        self._find_levels()
         schedule = self.recipe.schedule
         if schedule == "auto":
             schedule = self._choose(members, buffer.numel(), buffer.dtype, buffer.device)
@@ -125,8 +123,7 @@ class Layouts:
         if len(dtypes) != 1 or len(devices) != 1 or not dtypes <= RAW.keys():
             return False
         (dtype,), (device,) = dtypes, devices
-        if self._two_levels is None:
-            self._two_levels = find_hosts(self.transport).has_two_levels
+        self._find_levels()
         buckets: list[list[Tensor]] = [[]]
         for p in reversed(parameters):  # as DDP fills them
             if sum(each.numel() for each in buckets[-1]) * dtype.itemsize >= nbytes:
@@ -187,6 +184,12 @@ class Layouts:
             )
         else:
             _log.info("commq: schedule auto chose %s", chosen)
+
+    def _find_levels(self) -> None:
+        """Whether ranks of one host have a format of their own; the first time, all ranks together."""
+        if self._two_levels is None:
+            wants = self.recipe.schedule in ("two_hop", "auto")
+            self._two_levels = wants and find_hosts(self.transport).has_two_levels
 
     def _members_of(self, parameters: Sequence[Tensor], phase: int) -> list[Member]:
         members, offset = [], 0

@@ -16,6 +16,7 @@ from torch import Tensor
 from commq.codecs.formats import get_format
 from commq.codecs.reference import Coding
 from commq.collectives import link
+from commq.collectives.arguments import PIECE_BYTES
 from commq.collectives.cost import WORTH, Costs, choose, predict
 from commq.collectives.hosts import find_hosts
 from commq.collectives.message import Message, Operand, make_messages
@@ -39,7 +40,6 @@ def pick(
     *,
     device: torch.device,
     backend: str,
-    piece_bytes: int,
     narrow: bool = False,
 ) -> str:
     """The name of the candidate, or "plain", that a message should travel by. The same on all ranks.
@@ -59,7 +59,6 @@ def pick(
             transport,
             device=device,
             backend=backend,
-            piece_bytes=piece_bytes,
             narrow=narrow,
         )
         name = choose(plans, costs)
@@ -119,7 +118,6 @@ def find_costs(
     *,
     device: torch.device,
     backend: str,
-    piece_bytes: int,
     narrow: bool = False,
 ) -> Costs:
     """The costs of messages of `source`'s kind: from the group's memory, else measured, which all ranks do together."""
@@ -129,8 +127,7 @@ def find_costs(
         moves={among: link.moves(transport, device, among, hosts) for among in ways},
         sums=link.sums(transport, torch.bfloat16 if narrow else source.dtype, device),
         codecs={
-            name: _codecs(name, build, source, coding, transport, device, backend, piece_bytes)
-            for name, build in candidates.items()
+            name: _codecs(name, build, source, coding, transport, device, backend) for name, build in candidates.items()
         },
         hosts=hosts,
         narrow=narrow,
@@ -145,11 +142,10 @@ def _codecs(
     transport: Transport,
     device: torch.device,
     backend: str,
-    piece_bytes: int,
 ) -> link.Curve:
     def time_of(x_N: Tensor) -> int:
         plan = make_plan((replace(source, numel=x_N.numel()),), world_size=transport.world_size)
         return _time(build, [plan], [x_N], coding, Rehearsal(transport), transport, backend)
 
     key = ("codecs", name, replace(source, numel=0), coding, device, backend)
-    return link.remember(transport, key, lambda: rehearse(time_of, piece_bytes, source.dtype, device))
+    return link.remember(transport, key, lambda: rehearse(time_of, PIECE_BYTES[device.type], source.dtype, device))

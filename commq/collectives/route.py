@@ -92,8 +92,7 @@ def find_route(
 
     narrow: as `pick`'s.
     """
-    piece_bytes = PIECE_BYTES[device.type]
-    plans = make_plans(sources, world_size=transport.world_size, piece_bytes=piece_bytes)
+    plans = make_plans(sources, world_size=transport.world_size, piece_bytes=PIECE_BYTES[device.type])
     if name == "auto":
         names = AUTO if find_hosts(transport).has_two_levels else AUTO[:-1]
         candidates = {n: SCHEDULES[n] for n in names}
@@ -105,7 +104,6 @@ def find_route(
             transport,
             device=device,
             backend=backend,
-            piece_bytes=piece_bytes,
             narrow=narrow,
         )
     if name == "plain":
